@@ -1,0 +1,260 @@
+"""Many scans through one model: named outputs, failures that stop nobody else, and a run that can be taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medseg3d.geometry import Geometry
+from medseg3d.io import Case, Inputs, find_inputs
+from medseg3d.io.formats import WRITABLE, split_name
+from medseg3d.report.records import write_csv, write_json
+from medseg3d.report.run import case_record, file_sha256
+from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
+from medseg3d.segmenter import Segmentation, Segmenter
+
+logger = logging.getLogger(__name__)
+
+_LEDGER = "finished.json"  # in the output folder: case -> what it was made from, for --resume
+FAILURES = "failures.csv"
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one scan.
+
+    Attributes:
+        case: name, path and kind of the input.
+        result: the segmentation; None if it failed or was finished by an earlier run.
+        outputs: files written, by kind ("segmentation", "statistics", "preview").
+        error: why it failed, in one line; None if it did not.
+        resumed: True if an earlier run had finished it.
+        out_of_memory: True if that is why it failed.
+    """
+
+    case: Case
+    result: Segmentation | None = None
+    outputs: dict[str, Path] = field(default_factory=dict)
+    error: str | None = None
+    resumed: bool = False
+    out_of_memory: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """The case for a run report."""
+        geometry: Geometry | None = self.result.image.geometry if self.result else None
+        return case_record(
+            self.case.name,
+            self.case.path,
+            geometry,
+            self.outputs,
+            self.result.seconds if self.result else {},
+            (
+                *(self.result.warnings if self.result else ()),
+                *(("finished by an earlier run",) if self.resumed else ()),
+            ),
+            self.error,
+        )
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Where the files of each case go.
+
+    Args:
+        target: a file (its suffix names a format) for one case, or a folder.
+        suffix: format of the segmentations in a folder.
+        statistics, preview: whether to write them too.
+    """
+
+    target: Path
+    suffix: str = ".nii.gz"
+    statistics: bool = False
+    preview: bool = False
+
+    @property
+    def is_file(self) -> bool:
+        return split_name(self.target)[1] in WRITABLE
+
+    @property
+    def folder(self) -> Path:
+        return self.target.parent if self.is_file else self.target
+
+    @property
+    def report(self) -> Path:
+        """Where the record of the run goes unless somebody says otherwise."""
+        return self.folder / (f"{split_name(self.target)[0]}.run.json" if self.is_file else "run.json")
+
+    def files(self, case: Case) -> dict[str, Path]:
+        """Output kind -> path for one case."""
+        stem = split_name(self.target)[0] if self.is_file else case.name
+        segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix}"
+        files = {"segmentation": segmentation}
+        if self.statistics:
+            files["statistics"] = self.folder / f"{stem}.stats.json"
+            if self.is_file:  # a folder gets one table of all cases instead
+                files["statistics_csv"] = self.folder / f"{stem}.stats.csv"
+        if self.preview:
+            files["preview"] = self.folder / f"{stem}.preview.png"
+        return files
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Make the folder, and refuse what cannot end well before any time is spent.
+
+        Raises:
+            ValueError: several cases for one file, or an output that is an input.
+            OSError: the folder cannot be made or written to.
+        """
+        if self.is_file and len(inputs.cases) > 1:
+            raise ValueError(f"{len(inputs.cases)} scans cannot be written to one file, {self.target}: name a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError(13, "no permission to write into the output folder", str(self.folder))
+        taken = {case.path.resolve() for case in inputs.cases}
+        for case in inputs.cases:
+            if self.files(case)["segmentation"].resolve() in taken:
+                raise ValueError(f"the output {self.files(case)['segmentation']} is an input: name another output")
+
+
+def predict_many(
+    segmenter: Segmenter,
+    inputs: Inputs | Sequence[str | Path] | str | Path,
+    output: str | Path | OutputPlan,
+    resume: bool = False,
+    allow_non_hu: bool = False,
+    progress: Callable[[Case, str], None] | None = None,
+) -> Iterator[CaseResult]:
+    """Segment scans one after another and write each as soon as it is done.
+
+    A case that fails is yielded with its error and the next one begins; ``failures.csv`` in the output folder lists
+    them. In a folder each finished case is noted, so that ``resume`` passes over those whose input, model and options
+    are what they were.
+
+    Args:
+        segmenter: the loaded model.
+        inputs: files, folders, DICOM folders, zips, patterns; see :func:`medseg3d.io.find_inputs`.
+        output: a folder, a file for a single case, or an :class:`OutputPlan`.
+        progress: called with a case and the name of each stage as it begins.
+
+    Raises:
+        ValueError, OSError: nothing to read, or nowhere to write; before the first case.
+    """
+    found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs)
+    plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output))
+    plan.prepare(found)
+    return _results(segmenter, found, plan, resume, allow_non_hu, progress)
+
+
+def _results(
+    segmenter: Segmenter,
+    inputs: Inputs,
+    plan: OutputPlan,
+    resume: bool,
+    allow_non_hu: bool,
+    progress: Callable[[Case, str], None] | None,
+) -> Iterator[CaseResult]:
+    ledger = _Ledger(plan, segmenter, allow_non_hu)
+    table: dict[str, Any] = {}
+    failures = []
+    for case in inputs.cases:
+        files = plan.files(case)
+        if resume and ledger.finished(case, files):
+            outcome = CaseResult(case, outputs=files, resumed=True)
+        else:
+            outcome = _segment(segmenter, case, files, allow_non_hu, progress)
+            if outcome.error is None:
+                ledger.note(case)
+        if outcome.error is not None:
+            failures.append({"case": case.name, "input": str(case.path), "error": outcome.error})
+        elif "statistics" in files:
+            table[case.name] = json.loads(files["statistics"].read_text(encoding="utf-8"))
+        yield outcome
+    if table and not plan.is_file:
+        write_statistics_csv(plan.folder / "statistics.csv", table)
+    if not plan.is_file:
+        (plan.folder / FAILURES).unlink(missing_ok=True)
+        if failures:
+            write_csv(plan.folder / FAILURES, failures, ("case", "input", "error"))
+
+
+def _segment(
+    segmenter: Segmenter,
+    case: Case,
+    files: dict[str, Path],
+    allow_non_hu: bool,
+    progress: Callable[[Case, str], None] | None,
+) -> CaseResult:
+    def tell(stage: str) -> None:
+        if progress is not None:
+            progress(case, stage)
+
+    try:
+        result = segmenter.predict(case.path, allow_non_hu=allow_non_hu, progress=tell)
+        tell("write")
+        if "statistics" in files:
+            figures = result.statistics()
+            write_statistics_json(files["statistics"], figures)
+            if "statistics_csv" in files:
+                write_statistics_csv(files["statistics_csv"], {case.name: figures})
+        if "preview" in files:
+            result.preview(files["preview"], title=case.name)
+        # Last of all, so that a segmentation on disk means that its case is complete.
+        result.save(files["segmentation"])
+        return CaseResult(case, result, files)
+    except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
+        logger.debug("%s failed", case.path, exc_info=True)
+        return CaseResult(case, error=_in_words(error), out_of_memory=_is_out_of_memory(error))
+
+
+class _Ledger:
+    """Which cases of an output folder are finished, and what they were made from."""
+
+    def __init__(self, plan: OutputPlan, segmenter: Segmenter, allow_non_hu: bool) -> None:
+        self.path = None if plan.is_file else plan.folder / _LEDGER
+        options = {"suffix": plan.suffix, "allow_non_hu": allow_non_hu}
+        self.settings = {"model": segmenter.record.get("bundle_sha256"), **options}
+        self.entries: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file():
+            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def finished(self, case: Case, files: dict[str, Path]) -> bool:
+        return all(path.is_file() for path in files.values()) and self.entries.get(case.name) == self._key(case)
+
+    def note(self, case: Case) -> None:
+        if self.path is not None:
+            self.entries[case.name] = self._key(case)
+            write_json(self.path, self.entries)
+
+    def _key(self, case: Case) -> dict[str, Any]:
+        return {"input_sha256": _input_sha256(case.path), **self.settings}
+
+
+def _input_sha256(path: Path) -> str:
+    if path.is_file():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
+        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
+
+
+def _in_words(error: Exception) -> str:
+    if _is_out_of_memory(error):
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"out of memory ({detail}): crop the scan, or use a machine with more"
+    if isinstance(error, ValueError | OSError | ImportError):
+        return " ".join(str(error).split())
+    cause = error
+    while cause.__cause__ is not None:  # MONAI wraps the error of a transform in others
+        cause = cause.__cause__  # type: ignore[assignment]
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"

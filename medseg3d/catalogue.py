@@ -1,0 +1,98 @@
+"""Which models there are, read from their metadata alone: no torch, no MONAI, so that listing is instant."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from medseg3d.resources import resource_folder
+
+DEFAULT_MODEL = "headneck_ct_unet"
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """A MONAI Bundle on disk. ``shipped`` bundles come with medseg3d; all others are somebody else's code."""
+
+    path: Path
+    shipped: bool
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """``configs/metadata.json``; ValueError if it is missing or damaged."""
+        path = self.path / "configs" / "metadata.json"
+        if not path.is_file():
+            raise ValueError(f"{self.path} is not a MONAI Bundle: it has no configs/metadata.json")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+    @property
+    def version(self) -> str:
+        return str(self.metadata.get("version", "unknown"))
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Label number -> name, the background left out; ValueError if the metadata does not say."""
+        try:
+            channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+            return {int(number): str(name) for number, name in channels.items() if int(number) != 0}
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.name}: metadata.json names no labels under outputs.pred.channel_def") from error
+
+    @property
+    def input_format(self) -> dict[str, Any]:
+        """How the metadata describes the network's input ("modality", "format", "num_channels", ...)."""
+        return self.metadata.get("network_data_format", {}).get("inputs", {}).get("image", {})
+
+
+def shipped_bundles() -> list[BundleInfo]:
+    """The bundles that come with medseg3d, by name."""
+    folders = sorted(path.parent.parent for path in resource_folder("bundles").glob("*/configs/metadata.json"))
+    return [BundleInfo(folder, shipped=True) for folder in folders]
+
+
+def find_bundle(name_or_path: str | Path) -> BundleInfo:
+    """A shipped bundle by its name, or any bundle by its folder or zip file.
+
+    Raises:
+        ValueError: there is none; the message lists the names that ship.
+    """
+    shipped = shipped_bundles()
+    for bundle in shipped:
+        if str(name_or_path) == bundle.name:
+            return bundle
+    path = Path(name_or_path).expanduser()
+    if path.is_file() and zipfile.is_zipfile(path):
+        path = _extracted(path)
+    if path.is_dir():
+        known = {bundle.path.resolve() for bundle in shipped}
+        return BundleInfo(path, shipped=path.resolve() in known)
+    names = ", ".join(bundle.name for bundle in shipped)
+    raise ValueError(
+        f"unknown model {str(name_or_path)!r}: it is neither a shipped model ({names}) nor a bundle's folder or zip"
+    )
+
+
+def _extracted(archive: Path) -> Path:
+    """The bundle in a zip, unpacked until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="medseg3d-bundle-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(folder)
+    roots = sorted(path.parent.parent for path in folder.rglob("configs/metadata.json"))
+    if not roots:
+        raise ValueError(f"{archive} holds no MONAI Bundle: there is no configs/metadata.json in it")
+    return roots[0]

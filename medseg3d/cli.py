@@ -1,0 +1,390 @@
+"""The command line: one verb, one function, one call into the library. Only here is anything printed or exited.
+
+Results go to stdout, logs and progress to stderr. Imports of torch and MONAI wait until a verb needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg3d import __version__
+from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle, shipped_bundles
+
+DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
+INTERRUPTED = 130
+OUTPUT_TYPES = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha"}
+
+
+class UsageError(Exception):
+    """The command cannot be carried out as it was given."""
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Segment scans and write the results."""
+    from medseg3d.batch import OutputPlan
+    from medseg3d.io import NothingFound, find_inputs
+
+    try:
+        inputs = find_inputs(args.input)
+    except NothingFound as error:
+        raise UsageError(str(error)) from error
+    for path, reason in inputs.skipped:
+        _say(f"skipped {path}: {reason}")
+    plan = OutputPlan(Path(args.output).expanduser(), OUTPUT_TYPES[args.output_type], args.statistics, args.preview)
+    try:
+        plan.prepare(inputs)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    bundle = find_bundle(args.model)
+    trust = args.trust or _asked_to_trust(bundle)
+    status = _Status(args.quiet, len(inputs.cases))
+    status.show(f"loading {bundle.name}")
+
+    from medseg3d.batch import predict_many
+    from medseg3d.bundle import load_model
+    from medseg3d.report.run import Stopwatch
+
+    stopwatch = Stopwatch()
+    with stopwatch.stage("load model"):
+        segmenter = load_model(bundle.path, args.device, trust=trust)
+    status.clear()
+    for note in segmenter.notes:
+        _say(f"note: {note}")
+    outcomes = []
+    with stopwatch.stage("cases"):
+        for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
+            status.clear()
+            outcomes.append(outcome)
+            if outcome.error is not None:
+                _say(f"error: {outcome.case.path}: {outcome.error}")
+                continue
+            for warning in outcome.result.warnings if outcome.result else ():
+                _say(f"warning: {outcome.case.name}: {warning}")
+            if outcome.resumed:
+                _say(f"{outcome.case.name}: finished by an earlier run")
+            for path in outcome.outputs.values():
+                print(path)
+    if args.report is not None:
+        path = Path(args.report) if args.report else plan.report
+        print(_write_report(path, segmenter, outcomes, args, stopwatch.seconds))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed and len(outcomes) == 1:
+        return OVER_MEMORY if failed[0].out_of_memory else ERROR
+    if failed:
+        _say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / 'failures.csv'}")
+    return SOME_FAILED if failed else DONE
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the models, or tell about one."""
+    if args.action == "list":
+        rows = [
+            {"name": b.name, "version": b.version, "labels": len(b.labels), "task": b.metadata.get("task", "")}
+            for b in shipped_bundles()
+        ]
+        if args.json:
+            print(json.dumps(rows, indent=2))
+        else:
+            for row in rows:
+                print(f"{row['name']}  {row['version']}  {row['labels']} labels  {row['task']}")
+        return DONE
+    if args.name is None:
+        raise UsageError("models info needs a name: medseg3d models info " + DEFAULT_MODEL)
+    bundle = find_bundle(args.name)
+    metadata = bundle.metadata
+    facts = {key: metadata.get(key, "") for key in ("version", "task", "description", "intended_use", "copyright")}
+    facts = {"name": bundle.name, **facts, "folder": str(bundle.path), "labels": bundle.labels}
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return DONE
+    for key, value in facts.items():
+        if key == "labels":
+            print("labels:")
+            for number, name in bundle.labels.items():
+                print(f"  {number:>3}  {name}")
+        elif value:
+            print(f"{key.replace('_', ' ')}: {value}")
+    return DONE
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Compare segmentations with references, per label."""
+    from medseg3d.io import LabelTable, read_label_table
+    from medseg3d.report.evaluation import evaluate_folders, summary_table, write_evaluation_csv
+
+    if args.labels:
+        labels = LabelTable.read_json(args.labels).names
+    elif args.model:
+        labels = find_bundle(args.model).labels
+    else:
+        first = next(iter(sorted(_label_maps(args.predictions))), None)
+        table = read_label_table(first) if first else None
+        if table is None:
+            raise UsageError("the predictions carry no label names: name them with --labels names.json or -m MODEL")
+        labels = table.names
+    annotated = None
+    if args.manifest:
+        from medseg3d.data.manifest import load_manifest
+
+        annotated = {Path(case["image"]).name: case["contoured"] for case in load_manifest(args.manifest)["cases"]}
+    result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
+    for path, reason in result.unpaired:
+        _say(f"left out {path}: {reason}")
+    print(summary_table(result.rows))
+    if args.output:
+        print(write_evaluation_csv(args.output, result.rows))
+    return DONE
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a bundle's network with its own train.json."""
+    from medseg3d.training.run import train_bundle
+
+    bundle = find_bundle(args.model)
+    trust = args.trust or _asked_to_trust(bundle)
+    if not bundle.shipped and not trust:
+        raise UsageError(f"the bundle {bundle.path} runs as code on this machine; say --trust if you trust its source")
+    best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, args.epochs, not args.quiet)
+    print(best)
+    return DONE
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check this installation."""
+    from medseg3d.doctor import examine
+
+    findings = examine()
+    if args.json:
+        print(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.verdict:<8}{finding.subject}: {finding.text}")
+    return ERROR if any(finding.verdict == "problem" for finding in findings) else DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+    _set_up_messages(args.verbose)
+    try:
+        return args.function(args)
+    except KeyboardInterrupt:
+        _say("interrupted; nothing half-written was left")
+        return INTERRUPTED
+    except UsageError as error:
+        _say(f"error: {error}")
+        return USAGE
+    except BrokenPipeError:
+        return ERROR
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if args.verbose:
+            raise
+        _say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        return ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="medseg3d",
+        description="Segment 3D medical images. Research software: not for clinical decisions.",
+        epilog="Exit codes: 0 done, 1 error, 2 usage or nothing matched, 4 some cases failed, 5 out of memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"medseg3d {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_predict(verbs)
+    _add_evaluate(verbs)
+    _add_train(verbs)
+    one = _verb(verbs, "models", models, "list the models that ship, or tell about one")
+    one.add_argument("action", nargs="?", choices=("list", "info"), default="list", help="what to do (default: list)")
+    one.add_argument("name", nargs="?", help="for info: a model's name, or a bundle's folder or zip")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    one = _verb(verbs, "doctor", doctor, "check this installation: versions, devices, known bad combinations")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_predict(verbs: Any) -> None:
+    verb = _verb(verbs, "predict", predict, "segment CT scans")
+    verb.add_argument(
+        "-i", "--input", nargs="+", required=True, metavar="SCAN",
+        help="NIfTI, NRRD or MHA file, DICOM folder or zip, folder of these, or pattern; several are taken",
+    )  # fmt: skip
+    verb.add_argument(
+        "-o", "--output", required=True, metavar="PATH",
+        help="file (.nii.gz, .nii, .nrrd, .mha) for one scan, else a folder; files there are named <scan>_seg",
+    )  # fmt: skip
+    verb.add_argument(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"name, or folder or zip of a MONAI bundle (default: {DEFAULT_MODEL})",
+    )
+    _add_device(verb)
+    verb.add_argument(
+        "-s", "--statistics", action="store_true", help="write volume, HU and place of each organ, as JSON and CSV"
+    )
+    verb.add_argument(
+        "-p", "--preview", action="store_true", help="write a PNG of three planes with the organs in colour"
+    )
+    verb.add_argument("-rp", "--report", nargs="?", const="", metavar="PATH", help="write a JSON record of the run")
+    verb.add_argument(
+        "-ot",
+        "--output-type",
+        choices=sorted(OUTPUT_TYPES),
+        default="nifti",
+        help="format in a folder (default: nifti)",
+    )
+    verb.add_argument(
+        "--resume", action="store_true", help="pass over cases in the output folder that an earlier run finished"
+    )
+    verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
+    _add_trust(verb)
+
+
+def _add_evaluate(verbs: Any) -> None:
+    verb = _verb(verbs, "evaluate", evaluate, "compare segmentations with references: Dice, NSD, HD95, volume error")
+    verb.add_argument("-p", "--predictions", required=True, metavar="PATH", help="file or folder of segmentations")
+    verb.add_argument(
+        "-r", "--references", required=True, metavar="PATH", help="file or folder of reference label maps"
+    )
+    verb.add_argument("-o", "--output", metavar="CSV", help="write a row for each case and label")
+    verb.add_argument("--labels", metavar="JSON", help='label names, {"1": "brainstem", ...}')
+    verb.add_argument("-m", "--model", help="take the label names of this model")
+    verb.add_argument("--manifest", help="a data manifest that says which organs each case has; others are not counted")
+    verb.add_argument(
+        "--nsd-tolerance",
+        type=float,
+        default=2.0,
+        metavar="MM",
+        help="tolerance of the surface Dice in mm (default: 2)",
+    )
+
+
+def _add_train(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "train", train, "train a bundle's network with its train.json; a stopped run goes on where it was"
+    )
+    verb.add_argument("-m", "--model", default=DEFAULT_MODEL, help="name or folder of a bundle with configs/train.json")
+    verb.add_argument(
+        "--dataset-dir", required=True, metavar="DIR", help="folder that the bundle's data manifest starts from"
+    )
+    verb.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder for checkpoints; run again to resume"
+    )
+    verb.add_argument("--epochs", type=int, help="train to this epoch (default: the bundle's)")
+    _add_device(verb)
+    _add_trust(verb)
+
+
+def _verb(verbs: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    verb.set_defaults(function=function)
+    verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    verb.add_argument("-v", "--verbose", action="store_true", help="more messages, and the traceback of an error")
+    return verb
+
+
+def _add_device(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "-d",
+        "--device",
+        default=os.environ.get("MEDSEG3D_DEVICE", "auto"),
+        help="auto, cpu, gpu, gpu:N, cuda:N or mps (default: auto)",
+    )
+
+
+def _add_trust(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
+    )
+
+
+def _with_dashes(argv: Sequence[str]) -> list[str]:
+    """Options may be spelled with underscores: --allow_non_hu is --allow-non-hu."""
+    return [
+        "=".join([arg.split("=", 1)[0].replace("_", "-"), *arg.split("=", 1)[1:]]) if arg.startswith("--") else arg
+        for arg in argv
+    ]
+
+
+def _asked_to_trust(bundle: BundleInfo) -> bool:
+    """Ask at a terminal before foreign code runs; without one the answer is no."""
+    if bundle.shipped or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(
+        f"The bundle {bundle.path} does not ship with medseg3d; its configs and scripts run as code here.",
+        file=sys.stderr,
+    )
+    print("Run it? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _set_up_messages(verbose: bool) -> None:
+    """Other libraries speak only of errors; of medseg3d itself all is told on request."""
+    logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(message)s")
+    logging.getLogger("medseg3d").setLevel(logging.DEBUG if verbose else logging.ERROR)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+
+
+def _label_maps(path: str) -> list[Path]:
+    target = Path(path)
+    return [file for file in target.iterdir() if file.is_file()] if target.is_dir() else [target]
+
+
+def _write_report(
+    path: Path, segmenter: Any, outcomes: list[Any], args: argparse.Namespace, seconds: dict[str, float]
+) -> Path:
+    import torch
+
+    from medseg3d.report.run import run_report, write_run_report
+
+    cuda = segmenter.device.type == "cuda"
+    report = run_report(
+        model=segmenter.record,
+        cases=[outcome.record() for outcome in outcomes],
+        device=segmenter.describe_device(),
+        threads=torch.get_num_threads(),
+        options={"allow_non_hu": args.allow_non_hu, "resume": args.resume},
+        seconds=seconds,
+        device_peak_memory_mb=torch.cuda.max_memory_allocated(segmenter.device) / 2**20 if cuda else None,
+        warnings=segmenter.notes,
+    )
+    return write_run_report(path, report)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Status:
+    """One line on stderr that says what is going on; silent when quiet or not at a terminal."""
+
+    def __init__(self, quiet: bool, total: int) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self.total = total
+        self.names: list[str] = []
+
+    def show(self, text: str) -> None:
+        if self.shown:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    def stage(self, case: Any, stage: str) -> None:
+        if case.name not in self.names:
+            self.names.append(case.name)
+        self.show(f"[{len(self.names)}/{self.total}] {case.name}: {stage}")
+
+    def clear(self) -> None:
+        self.show("")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

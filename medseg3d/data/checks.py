@@ -1,0 +1,83 @@
+"""Is this a CT that a CT model can read? Damage is refused, doubts are told."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from medseg3d.volume import Volume
+
+_FEWEST = 4  # voxels along an axis
+_NARROW = 100  # HU; the noise of a CT alone spans more
+_NO_AIR = -200  # HU; fat, lung and air lie below
+_PADDING = -1500  # HU; nothing in a body, nor the air around it, is below
+_DENSEST = 32_000  # HU; above any metal on the extended scale
+_CLIPPED = 0.005  # share of voxels at the maximum that noise and metal never reach
+_SPACING = (0.1, 20.0)  # mm
+
+
+def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
+    """Refuse what cannot be segmented; return what a user should be told, one sentence each.
+
+    `allow_non_hu` turns the refusal of intensities that are not Hounsfield units into a sentence.
+
+    Raises:
+        ValueError: NaN or infinite voxels, one intensity everywhere, an axis of fewer than 4 voxels, or intensities
+            that cannot be Hounsfield units (nothing below 0, or all within a span of 100).
+    """
+    array = volume.array
+    if min(volume.shape) < _FEWEST:
+        what = "a single slice" if min(volume.shape) == 1 else f"of shape {volume.shape}"
+        raise ValueError(f"the volume is {what}; each axis needs at least {_FEWEST} voxels: give the whole scan")
+    if array.dtype.kind == "f":
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise ValueError(
+                f"{bad} of {array.size} voxels are NaN or infinite; all must be finite:"
+                " replace them first, for example with numpy.nan_to_num(array, nan=-1024, neginf=-1024)"
+            )
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        raise ValueError(f"every voxel is {low:g}: there is nothing to segment; export the scan again")
+    told = []
+    reason = _not_hounsfield(low, high)
+    if reason and not allow_non_hu:
+        raise ValueError(
+            f"intensities of {low:g} to {high:g} are not Hounsfield units: {reason};"
+            " give the original CT, or override with --allow-non-hu (allow_non_hu=True), at the cost of a wrong result"
+        )
+    if reason:
+        told.append(f"intensities of {low:g} to {high:g} are not Hounsfield units ({reason}): the result will be wrong")
+    return (*told, *_doubts(volume, low, high))
+
+
+def _not_hounsfield(low: float, high: float) -> str:
+    if high - low < _NARROW:
+        return "they look normalised"
+    if low >= 0 and high <= 255:
+        return "they look like grey levels for display, 0 to 255"
+    if low >= 0:
+        return "air is about -1000 and fat -100, but nothing is below 0; an offset such as -1024 may be missing"
+    return ""
+
+
+def _doubts(volume: Volume, low: float, high: float) -> list[str]:
+    doubts = []
+    modality = volume.header.get("modality")
+    if modality not in (None, "CT"):
+        doubts.append(f"the modality is {modality}, but the model was made for CT")
+    if 0 > low > _NO_AIR:
+        doubts.append(f"no voxel is below {low:g} HU, neither air nor fat: if this is no tight crop, it was clipped")
+    if low < _PADDING:
+        share = np.count_nonzero(volume.array < _PADDING) / volume.array.size
+        doubts.append(
+            f"{share:.1%} of the voxels are below {_PADDING} HU (least {low:g}), which is padding, not tissue"
+        )
+    top = np.count_nonzero(volume.array == high) / volume.array.size
+    if top > _CLIPPED:
+        doubts.append(f"{top:.1%} of the voxels are at the maximum of {high:g}: the intensities were clipped there")
+    if high > _DENSEST:
+        doubts.append(f"the highest intensity is {high:g}, more than any metal: check the scale")
+    if min(volume.spacing) < _SPACING[0] or max(volume.spacing) > _SPACING[1]:
+        spacing = " x ".join(f"{mm:g}" for mm in volume.spacing)
+        doubts.append(f"a spacing of {spacing} mm is unusual for CT: check the units in the header")
+    return doubts

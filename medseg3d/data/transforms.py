@@ -1,0 +1,265 @@
+"""Preprocessing defined once: the same objects serve training, ``predict`` and MONAI's own commands.
+
+They are MONAI dictionary transforms around the frames of ``medseg3d.geometry``. Arrays are (C, D, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform, Randomizable
+from monai.utils import ensure_tuple
+
+from medseg3d.geometry import Chain, Frame, Geometry, Resample
+
+
+def body_box(array: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Start and stop (half open) of the box of all voxels above ``threshold``; the whole array when there are none.
+
+    Args:
+        array: (D, H, W).
+        threshold: HU for CT; -500 separates tissue from air.
+    """
+    above = array > threshold
+    start, stop = np.zeros(3, int), np.array(array.shape)
+    for axis in range(3):
+        hit = np.flatnonzero(above.any(axis=tuple(other for other in range(3) if other != axis)))
+        if hit.size == 0:
+            return np.zeros(3, int), np.array(array.shape)
+        start[axis], stop[axis] = hit[0], hit[-1] + 1
+    return start, stop
+
+
+class ModelGrid:
+    """The rule that leads from an image's own grid to the grid that a network sees.
+
+    Args:
+        orientation: codes of the network's axes, such as "RAS".
+        spacing: mm along each of these axes.
+        crop_above: crop to the box of voxels above this value (HU for CT); None keeps the whole volume.
+        crop_margin: mm kept around that box.
+    """
+
+    def __init__(
+        self,
+        orientation: str = "RAS",
+        spacing: Sequence[float] = (1.5, 1.5, 1.5),
+        crop_above: float | None = None,
+        crop_margin: float = 0.0,
+    ) -> None:
+        self.orientation = orientation
+        self.spacing = tuple(float(value) for value in spacing)
+        self.crop_above = crop_above
+        self.crop_margin = float(crop_margin)
+
+    def frame(self, array: np.ndarray, affine: np.ndarray) -> Chain:
+        """The record reorient -> crop -> resample for one image (D, H, W)."""
+        reorient = Geometry(array.shape, affine).reorient(self.orientation)
+        frames: list[Frame] = [reorient]
+        grid = reorient.target
+        if self.crop_above is not None:
+            start, stop = body_box(reorient.image(array), self.crop_above)
+            margin = np.ceil(self.crop_margin / np.asarray(grid.spacing)).astype(int)
+            crop = grid.crop(np.maximum(start - margin, 0), np.minimum(stop + margin, grid.shape))
+            frames.append(crop)
+            grid = crop.target
+        frames.append(grid.resample(spacing=self.spacing))
+        return Chain(frames)
+
+
+def labels_by_interpolation(frame: Frame, channels: Sequence[np.ndarray]) -> np.ndarray:
+    """Carry each class's map through ``frame`` by linear interpolation and take the largest, one class at a time.
+
+    Smoother than moving the labels themselves, and memory does not grow with the number of classes. What lies outside
+    the source becomes background.
+
+    Args:
+        channels: K arrays (D, H, W), class 0 first: logits, probabilities or masks.
+
+    Returns:
+        (D, H, W) on ``frame.target``, uint8 (uint16 above 255 classes). Ties go to the lower class.
+    """
+    interpolating, moving = _split_at_last_resample(frame)
+    best = np.array(interpolating.image(np.asarray(channels[0], np.float32)))
+    labels = np.zeros(best.shape, np.uint8 if len(channels) <= 256 else np.uint16)
+    for number, channel in enumerate(channels[1:], start=1):
+        moved = interpolating.image(np.asarray(channel, np.float32))
+        wins = moved > best
+        labels[wins] = number
+        np.maximum(best, moved, out=best)
+    return labels if moving is None else moving.label_map(labels)
+
+
+def _split_at_last_resample(frame: Frame) -> tuple[Frame, Frame | None]:
+    """The part of a chain that interpolates, and the part behind it that only moves voxels."""
+    frames = frame.frames if isinstance(frame, Chain) else (frame,)
+    last = max((n for n, part in enumerate(frames) if isinstance(part, Resample)), default=0)
+    behind = frames[last + 1 :]
+    return Chain(frames[: last + 1]), Chain(behind) if behind else None
+
+
+class ToModelGridd(MapTransform, InvertibleTransform):
+    """Bring images, and label maps with them, onto the network's grid; ``monai.transforms.Invertd`` takes them back.
+
+    The first key decides the crop; all keys must lie on one grid. Label maps are moved by interpolating each label's
+    mask, so that thin organs keep their shape.
+
+    Args:
+        keys: images first; each (C, D, H, W).
+        label_keys: those of ``keys`` that hold label numbers.
+        orientation, spacing, crop_above, crop_margin: see :class:`ModelGrid`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label_keys: KeysCollection = (),
+        orientation: str = "RAS",
+        spacing: Sequence[float] = (1.5, 1.5, 1.5),
+        crop_above: float | None = None,
+        crop_margin: float = 0.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.label_keys = set(ensure_tuple(label_keys))
+        self.grid = ModelGrid(orientation, spacing, crop_above, crop_margin)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = dict(data)
+        frame: Chain | None = None
+        for key in self.key_iterator(output):
+            image = _as_meta_tensor(output[key])
+            array = image.detach().cpu().numpy()
+            if frame is None:
+                frame = self.grid.frame(array[0], image.affine.numpy())
+            elif not frame.source.same_as(Geometry(array.shape[1:], image.affine.numpy()), tolerance_mm=0.1):
+                raise ValueError(
+                    f"{key!r} does not lie on the grid of {self.keys[0]!r}: resample it to that grid first"
+                )
+            moved = _move_labels(frame, array) if key in self.label_keys else frame.image(array.astype(np.float32))
+            result = MetaTensor(torch.from_numpy(np.ascontiguousarray(moved)), meta=dict(image.meta))
+            result.applied_operations = list(image.applied_operations)
+            self.push_transform(result, orig_size=array.shape[1:], extra_info={"frame": frame})
+            result.affine = torch.from_numpy(frame.target.affine.copy())
+            output[key] = result
+        return output
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = dict(data)
+        for key in self.key_iterator(output):
+            record = self.pop_transform(output[key])
+            frame = record["extra_info"]["frame"].inverse()
+            tensor = output[key]
+            array = tensor.detach().cpu().numpy()
+            # Whole numbers in one channel are labels: interpolating them would invent labels in between.
+            labels = array.shape[0] == 1 and (array == np.round(array)).all()
+            moved = frame.label_map(array.astype(np.int32)).astype(array.dtype) if labels else frame.image(array)
+            result = MetaTensor(torch.from_numpy(np.ascontiguousarray(moved)), meta=dict(tensor.meta))
+            result.applied_operations = list(tensor.applied_operations)
+            result.affine = torch.from_numpy(frame.target.affine.copy())
+            output[key] = result
+        return output
+
+
+class LabelsOnInputGridd(MapTransform):
+    """Logits on the network's grid to a label map on the grid of the input image.
+
+    Replaces argmax and ``Invertd``: the classes are interpolated and the largest taken at full resolution.
+
+    Args:
+        keys: predictions, each (K, D, H, W).
+        orig_keys: for each, the image that went through :class:`ToModelGridd`.
+    """
+
+    def __init__(self, keys: KeysCollection, orig_keys: KeysCollection = "image") -> None:
+        super().__init__(keys)
+        self.orig_keys = ensure_tuple(orig_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = dict(data)
+        for key, orig_key in zip(self.keys, self.orig_keys * len(self.keys), strict=False):
+            image = output[orig_key]
+            frame = applied_frame(image)
+            logits = output[key].detach().float().cpu().numpy()
+            labels = labels_by_interpolation(frame.inverse(), logits)
+            meta = dict(image.meta)
+            result = MetaTensor(torch.from_numpy(np.ascontiguousarray(labels)[None]), meta=meta)
+            result.affine = torch.from_numpy(frame.source.affine.copy())
+            output[key] = result
+        return output
+
+
+def applied_frame(image: MetaTensor) -> Frame:
+    """The frame that :class:`ToModelGridd` recorded in ``image``; ValueError if it was not applied."""
+    for record in reversed(getattr(image, "applied_operations", [])):
+        if record["class"] == ToModelGridd.__name__:
+            return record["extra_info"]["frame"]
+    raise ValueError("the image carries no record of ToModelGridd: put it into the preprocessing")
+
+
+def _move_labels(frame: Frame, array: np.ndarray) -> np.ndarray:
+    present = np.unique(array)
+    numbers = np.concatenate([[0], present[present > 0]]).astype(np.int64)
+    winners = labels_by_interpolation(frame, [array[0] == number for number in numbers])
+    return numbers[winners].astype(np.uint8 if numbers[-1] <= 255 else np.uint16)[None]
+
+
+def _as_meta_tensor(value: Any) -> MetaTensor:
+    return value if isinstance(value, MetaTensor) else MetaTensor(torch.as_tensor(value))
+
+
+class RandMirrorLateralityd(MapTransform, Randomizable):
+    """Mirror left and right at random and exchange the labels of paired organs.
+
+    A plain flip would teach that a left parotid may be called right. Axis 1 of (C, D, H, W) must run from left to right
+    or right to left, as it does in orientation "RAS".
+
+    Args:
+        keys: images and label maps; each (C, D, H, W).
+        label_keys: those of ``keys`` that hold label numbers.
+        pairs: label numbers that change places, such as ((3, 4),).
+        annotated_key: a list with one entry a class that must change places too, if present.
+        prob: probability of mirroring.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label_keys: KeysCollection = (),
+        pairs: Sequence[Sequence[int]] = (),
+        annotated_key: str = "annotated",
+        prob: float = 0.5,
+    ) -> None:
+        super().__init__(keys)
+        self.label_keys = set(ensure_tuple(label_keys))
+        self.pairs = [tuple(pair) for pair in pairs]
+        self.annotated_key = annotated_key
+        self.prob = prob
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = dict(data)
+        if self.R.random() >= self.prob:
+            return output
+        for key in self.keys:
+            flipped = torch.flip(torch.as_tensor(output[key]), dims=(1,))
+            output[key] = swap_labels(flipped, self.pairs) if key in self.label_keys else flipped
+        if self.annotated_key in output:
+            annotated = list(output[self.annotated_key])
+            for a, b in self.pairs:
+                annotated[a], annotated[b] = annotated[b], annotated[a]
+            output[self.annotated_key] = annotated
+        return output
+
+
+def swap_labels(labels: torch.Tensor, pairs: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A copy of a label map in which each pair of numbers has changed places."""
+    swapped = labels.clone()
+    for a, b in pairs:
+        swapped[labels == a] = b
+        swapped[labels == b] = a
+    return swapped

@@ -1,0 +1,105 @@
+"""Separable resampling: one matrix of weights for each axis, applied axis by axis.
+
+Both grids of an axis span the same extent, edge to edge; beyond its ends a signal goes on at its last value.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def nearest(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """(..., D, H, W) -> (..., *shape), dtype kept: each new voxel takes the value of the voxel that holds its centre.
+
+    A centre on the boundary of two voxels belongs to the later one. The array itself is returned if no size changes.
+    """
+    sizes = list(zip(array.shape[-3:], shape, strict=True))
+    if all(old == new for old, new in sizes):
+        return array
+    # Fastest is one pass over all axes that shrink, then one for each that grows, the last axis first.
+    kept: tuple = (..., *np.ix_(*(_nearest_voxels(old, min(old, new)) for old, new in sizes)))
+    array = array[kept]
+    for axis, (old, new) in zip((-1, -2, -3), reversed(sizes), strict=True):
+        if new > old:
+            array = array.take(_nearest_voxels(old, new), axis=axis)
+    return array
+
+
+def interpolate(array: np.ndarray, shape: tuple[int, int, int], order: int = 1) -> np.ndarray:
+    """(..., D, H, W), any real dtype, finite -> (..., *shape) float32, with the weights of `axis_weights`.
+
+    An axis whose size does not change is left exactly as it is; a float32 array is returned itself if none does.
+    """
+    if array.shape[-3:] == shape:
+        return array.astype(np.float32, copy=False)
+    if array.ndim == 3:
+        return _interpolate_volume(array, shape, order)
+    result = np.empty((*array.shape[:-3], *shape), np.float32)
+    for lead in np.ndindex(array.shape[:-3]):
+        result[lead] = _interpolate_volume(array[lead], shape, order)
+    return result
+
+
+def axis_weights(n_in: int, n_out: int, order: int = 1) -> np.ndarray:
+    """The (n_out, n_in) float64 matrix that resamples an axis of n_in voxels to n_out; its rows sum to 1.
+
+    Order 1 is linear; where the new voxels are larger, its triangle is as wide as they are, so that nothing aliases.
+    Order 3 is interpolation by the cubic B-spline (Unser et al., IEEE Trans. Signal Process. 41:821, 1993) without such
+    a filter: scipy.ndimage's spline with mode "nearest".
+    """
+    assert order in (1, 3), order
+    ratio = n_in / n_out
+    centres = (np.arange(n_out)[:, None] + 0.5) * ratio - 0.5
+    width = max(1.0, ratio)
+    reach = int(np.ceil(width)) if order == 1 else 16  # the cubic kernel has fallen below 1e-9 there
+    voxels = np.floor(centres).astype(int) + np.arange(-reach, reach + 2)
+    distance = voxels - centres
+    values = np.maximum(0, 1 - np.abs(distance) / width) if order == 1 else _cardinal_spline(distance)
+    values[np.abs(values) < 1e-12] = 0  # rounding error; it would widen the band
+    weights = np.zeros((n_out, n_in))
+    np.add.at(weights, (np.arange(n_out)[:, None], np.clip(voxels, 0, n_in - 1)), values)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _interpolate_volume(volume: np.ndarray, shape: tuple[int, int, int], order: int) -> np.ndarray:
+    layout = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))  # the memory's own order of axes
+    growth = np.divide(shape, volume.shape)
+    result = volume.transpose(layout)
+    for axis in sorted(layout, key=lambda axis: growth[axis]):  # the one that shrinks most leaves least for the others
+        if growth[axis] != 1:
+            weights = axis_weights(volume.shape[axis], shape[axis], order)
+            result = _apply_weights(result, weights, layout.index(axis))
+    return result.transpose(np.argsort(layout))
+
+
+def _apply_weights(volume: np.ndarray, weights: np.ndarray, axis: int, rows: int = 16, slabs: int = 16) -> np.ndarray:
+    """`weights` (n_out, n_in) along one axis of a 3D array of any dtype: float32, with n_out voxels on that axis.
+
+    The weights are banded, so `rows` output voxels at a time need only a span of the input. It is cast and multiplied
+    a few slabs at a time, which stay in the cache: the whole volume never exists in float32.
+    """
+    shape = list(volume.shape)
+    shape[axis] = len(weights)
+    result = np.empty(shape, np.float32)
+    source, target = np.moveaxis(volume, axis, 1), np.moveaxis(result, axis, 1)
+    for row in range(0, len(weights), rows):
+        band = weights[row : row + rows]
+        used = np.flatnonzero(band.any(axis=0))
+        span = slice(used[0], used[-1] + 1)
+        band = band[:, span].astype(np.float32)
+        for slab in range(0, len(source), slabs):
+            block = source[slab : slab + slabs, span].astype(np.float32, order="C")
+            np.matmul(band, block, out=target[slab : slab + slabs, row : row + rows])
+    return result
+
+
+def _cardinal_spline(t: np.ndarray) -> np.ndarray:
+    """The cubic spline that is 1 at 0 and 0 at every other whole number: B-splines weighted by their inverse filter."""
+    knots = np.floor(t)[..., None] + np.arange(-1, 3)
+    u = np.abs(t[..., None] - knots)
+    b_spline = np.where(u < 1, 2 / 3 - u**2 + u**3 / 2, np.maximum(0, 2 - u) ** 3 / 6)
+    return np.sum(np.sqrt(3) * (np.sqrt(3) - 2) ** np.abs(knots) * b_spline, axis=-1)
+
+
+def _nearest_voxels(n_in: int, n_out: int) -> np.ndarray:
+    return (2 * np.arange(n_out) + 1) * n_in // (2 * n_out)

@@ -1,0 +1,143 @@
+"""From what a user names (files, folders, zips, patterns) to the cases to segment, and why the rest was skipped."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medseg3d.io.formats import READABLE, Kind, kind_of, split_name
+
+_UNKNOWN = f"not a format that medseg3d reads ({READABLE})"
+
+
+class NothingFound(ValueError):
+    """No case among the inputs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan to read: `name` is unique in its batch and fit for a file name; `kind` is its reader."""
+
+    name: str
+    path: Path
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The cases, in the order given and sorted within a folder, and (path, reason) of everything that is none."""
+
+    cases: tuple[Case, ...]
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def find_inputs(items: Sequence[str | Path] | str | Path) -> Inputs:
+    """Cases among files, folders, zips of DICOM files and patterns such as "scans/*.nii.gz" ("**" for any depth).
+
+    A file given by name or pattern is taken if its format is known. In a folder, every image file directly inside is a
+    case, and so is every folder with DICOM files, at any depth; label maps that medseg3d wrote there (`*_seg`) are not.
+    A case is named after its file or DICOM folder; where two would have one name, the folders above are put in front.
+
+    Raises:
+        NothingFound: there is no case; the message lists why.
+    """
+    items = [items] if isinstance(items, (str, Path)) else items
+    found: dict[Path, tuple[Path, Kind]] = {}
+    skipped: list[tuple[Path, str]] = []
+    for path, kind, reason in (outcome for item in items for outcome in _look(Path(item).expanduser())):
+        if kind is None:
+            skipped.append((path, reason))
+        elif path.resolve() in found:
+            skipped.append((path, "given twice"))
+        else:
+            found[path.resolve()] = path, kind
+    if not found:
+        reasons = [f"{path}: {reason}" for path, reason in skipped[:5]] or ["none given"]
+        reasons += [f"and {len(skipped) - 5} more"] if len(skipped) > 5 else []
+        raise NothingFound(f"no scan to read among the inputs ({'; '.join(reasons)})")
+    names = _unique_names(list(found))
+    return Inputs(tuple(Case(names[key], path, kind) for key, (path, kind) in found.items()), tuple(skipped))
+
+
+_Outcome = tuple[Path, Kind | None, str]  # a path with its kind or, if it is no case, the reason
+
+
+def _look(path: Path) -> Iterator[_Outcome]:
+    """Everything that one argument stands for."""
+    if path.exists() or not glob.has_magic(str(path)):
+        yield from _look_at(path)
+        return
+    matches = sorted(glob.glob(str(path), recursive=True))
+    for match in matches:
+        yield from _look_at(Path(match))
+    if not matches:
+        yield path, None, "the pattern matches nothing"
+
+
+def _look_at(path: Path) -> Iterator[_Outcome]:
+    if path.is_dir():
+        outcomes = list(_look_in(path))
+        yield from outcomes or [(path, None, "the folder holds no image file")]
+    elif path.exists():
+        yield path, *_kind_or_reason(path)
+    else:
+        yield path, None, "no such file or folder"
+
+
+def _look_in(folder: Path, top: bool = True) -> Iterator[_Outcome]:
+    """The cases of a folder; below the top only DICOM, since a folder beside scans often holds their label maps."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        yield folder, None, f"cannot be opened ({error.strerror})"
+        return
+    files = {entry: _kind_or_reason(entry) for entry in entries if entry.is_file() and entry.name.upper() != "DICOMDIR"}
+    if any(kind == "dicom" for kind, _ in files.values()):
+        yield folder, "dicom", ""
+    others = {file: outcome for file, outcome in files.items() if outcome[0] != "dicom"}
+    if top:
+        for file, outcome in others.items():
+            yield file, *_in_folder(file, *outcome)
+    elif any(kind for kind, _ in others.values()):
+        yield folder, None, "image files in subfolders are not searched; give this folder or a pattern"
+    for entry in entries:
+        if entry.is_dir():
+            yield from _look_in(entry, top=False)
+
+
+def _in_folder(file: Path, kind: Kind | None, reason: str) -> tuple[Kind | None, str]:
+    """What a file that was not itself named stands for."""
+    stem, suffix = split_name(file)
+    if kind and (stem == "seg" or stem.endswith("_seg")):
+        return None, "looks like a label map of medseg3d's; give it by name to use it as a scan"
+    if suffix.startswith(".img"):
+        return None, "the voxels of a .hdr/.img pair, read with its .hdr"
+    return kind, reason
+
+
+def _kind_or_reason(file: Path) -> tuple[Kind | None, str]:
+    try:
+        kind = kind_of(file)
+    except OSError as error:
+        return None, f"cannot be opened ({error.strerror})"
+    return kind, "" if kind else _UNKNOWN
+
+
+def _unique_names(paths: list[Path]) -> dict[Path, str]:
+    """Stems; with their format where one folder has the stem twice, with folders in front where several have it."""
+    names = {path: path.name if path.is_dir() else split_name(path)[0] for path in paths}
+    beside = Counter((path.parent, name.casefold()) for path, name in names.items())
+    for path, name in names.items():
+        if beside[path.parent, name.casefold()] > 1 and path.is_file():
+            names[path] = path.name.replace(".", "_")
+    folders = {path: list(path.parent.parts) for path in paths}
+    while True:
+        count = Counter(name.casefold() for name in names.values())  # some file systems know no case
+        shared = [path for path, name in names.items() if count[name.casefold()] > 1 and len(folders[path]) > 1]
+        if not shared:
+            return names
+        for path in shared:
+            names[path] = f"{folders[path].pop()}_{names[path]}"

@@ -1,0 +1,265 @@
+"""NIfTI-1 and NIfTI-2: one read, one inflate, a view of the voxels; headers cloned when writing.
+
+Layout and meaning of the fields: https://nifti.nimh.nih.gov/nifti-1 (nifti1.h) and nifti-2 (nifti2.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from gzip import BadGzipFile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from isal import igzip, igzip_lib, isal_zlib
+from nibabel.nifti1 import Nifti1Header, Nifti1Pair, data_type_codes, unit_codes
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+
+from medseg3d.geometry import Geometry
+from medseg3d.io.formats import split_name
+from medseg3d.io.voxels import plain_numbers, rescaled, spatial_shape
+from medseg3d.volume import Volume
+
+_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by spatial unit code; 0, unknown, is taken as mm
+_GZIP = b"\x1f\x8b"
+_SHEARED = 0.01  # degrees; a quaternion cannot say more
+_DISAGREE = 1.0  # mm between the sform's and the qform's place of a voxel that is worth a note
+
+
+def read_nifti(path: str | Path) -> Volume:
+    """Read .nii, .nii.gz or a .hdr/.img pair, by content: a wrong or missing .gz does no harm.
+
+    Integers stay integers (see `rescaled`), other numbers become float32. The affine is in mm: the sform if its code is
+    set, else the qform, else the voxel size alone (with a note). Units of metre and micron are converted with a note;
+    unknown units are mm.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is empty, damaged, not NIfTI, not 3D, not one real number a voxel, or has no valid affine.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    head_path, data_path = _pair(path)
+    content = _content(head_path, notes)
+    header = _parse(content, head_path)
+    voxels = content if data_path == head_path else _content(data_path, notes)
+    shape = spatial_shape(_dims(header, path), path)
+    affine = _affine(header, shape, path, notes)
+    array = _voxels(voxels, header, shape, path)
+    return Volume(array, affine, {**_fields(header), "path": str(path), "notes": tuple(notes)})
+
+
+def volume_from_nibabel(image: Any) -> Volume:
+    """A Volume from a nibabel image, in memory or not yet loaded; ValueError as in `read_nifti`."""
+    data, name, notes = image.dataobj, Path(image.get_filename() or "the nibabel image"), []  # type: ignore[var-annotated]
+    shape = spatial_shape(image.shape, name)
+    if hasattr(data, "get_unscaled"):  # nibabel itself would scale to float64
+        array = rescaled(plain_numbers(np.asarray(data.get_unscaled()), name), float(data.slope), float(data.inter))
+    else:
+        array = plain_numbers(np.asarray(data), name)
+    if not isinstance(image, Nifti1Pair):
+        return Volume(array.reshape(shape), image.affine, {"format": "memory", "units": "mm"})
+    header = image.header.copy()
+    affine = _affine(header, shape, name, notes)
+    return Volume(array.reshape(shape), affine, {**_fields(header), "path": str(name), "notes": tuple(notes)})
+
+
+def _fields(header: Nifti1Header) -> dict[str, Any]:
+    """What a Volume keeps of a NIfTI header."""
+    code = int(header["xyzt_units"])
+    return {
+        "format": "nifti",
+        "units": unit_codes.label.get(code & 7, "unknown"),
+        "time_units": unit_codes.label.get(code & 56, "unknown"),
+        "sform_code": int(header["sform_code"]),
+        "qform_code": int(header["qform_code"]),
+        "qform": header.get_qform(coded=True)[0],
+        "nifti": header.binaryblock,
+    }
+
+
+def write_nifti(path: Path, volume: Volume, description: str, extension: bytes = b"") -> None:
+    """Write the array in its own dtype, compressed if the name ends in .gz.
+
+    The header is that of the NIfTI file the volume came from, if any: codes, units and matrices stay, to the bit where
+    the grid is the file's own. `extension` is stored with code 0. Not atomic.
+    """
+    header = _header_for(volume)
+    header.set_data_dtype(volume.array.dtype)
+    header["scl_slope"], header["scl_inter"], header["cal_min"], header["cal_max"] = 1, 0, 0, 0
+    header["descrip"] = description.encode()
+    header["aux_file"] = b""
+    header["magic"] = type(header).single_magic
+    head = _head_bytes(header, extension)
+    body = volume.array.ravel(order="F")  # a view of an array that was read by us, a copy of one that was not
+    with path.open("wb") as file:
+        if path.name.endswith(".gz"):
+            deflate = isal_zlib.compressobj(1, isal_zlib.DEFLATED, 31)
+            for part in (deflate.compress(head), deflate.compress(body), deflate.flush()):
+                file.write(part)
+        else:
+            file.write(head)
+            file.write(body.data)
+
+
+def read_extensions(path: Path) -> list[bytes]:
+    """The contents of a single NIfTI file's header extensions, whatever their code; only the header is inflated."""
+    with path.open("rb") as raw, _inflating(path):
+        compressed = raw.read(2) == _GZIP
+        raw.seek(0)
+        with igzip.IGzipFile(fileobj=raw) if compressed else raw as file:
+            content = file.read(544)
+            header = _parse(content, path)
+            content += file.read(max(0, int(header["vox_offset"]) - len(content)))
+    at, order, found = header.sizeof_hdr + 4, "<i4" if header.endianness == "<" else ">i4", []
+    while at + 16 <= min(len(content), int(header["vox_offset"])):
+        size, _code = np.frombuffer(content, order, 2, at).tolist()
+        if size < 16:
+            break
+        found.append(content[at + 8 : at + size])
+        at += size
+    return found
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """The files that hold the header and the voxels: the same one, unless the name is that of a .hdr/.img pair."""
+    stem, suffix = split_name(path)
+    if not suffix.startswith((".hdr", ".img")):
+        return path, path
+    found = []
+    for wanted in (".hdr", ".img"):
+        options = [path.with_name(stem + wanted + gz) for gz in ("", ".gz")]
+        existing = [option for option in options if option.exists()]
+        if not existing:
+            raise ValueError(f"{path} is half of a .hdr/.img pair and {options[0].name} is not beside it: copy both")
+        found.append(existing[0])
+    return found[0], found[1]
+
+
+def _content(path: Path, notes: list[str]) -> bytes:
+    content = path.read_bytes()
+    if not content:
+        raise ValueError(f"{path} is empty (0 bytes): copy or export it again")
+    compressed, named = content.startswith(_GZIP), path.name.lower().endswith(".gz")
+    if compressed != named:
+        notes.append(f"{path.name} is {'' if compressed else 'not '}compressed, in spite of its name; read as it is")
+    if not compressed:
+        return content
+    with _inflating(path):
+        return igzip.decompress(content)  # every member of a concatenated file
+
+
+@contextmanager
+def _inflating(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise ValueError(f"{path} is cut off: its gzip data have no end; copy or export it again") from error
+    except (BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]  # isal's stub declares an instance
+        raise ValueError(f"{path} is damaged: it cannot be unpacked ({error}); copy or export it again") from error
+
+
+def _parse(content: bytes, path: Path) -> Nifti1Header:
+    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+    for kind, size in ((Nifti1Header, 348), (Nifti2Header, 540)):
+        if size in sizes and len(content) >= size:
+            header = kind(content[:size], check=False)
+            if header["magic"].item()[:3] in (b"n+1", b"ni1", b"n+2", b"ni2"):
+                return header
+            raise ValueError(f"{path} is Analyze 7.5 or damaged NIfTI, without a place in space; convert it to NIfTI")
+    raise ValueError(
+        f"{path} is not a NIfTI file: that begins with a header of 348 or 540 bytes, this with {content[:12]!r};"
+        " give the original image, with the suffix of its own format"
+    )
+
+
+def _dims(header: Nifti1Header, path: Path) -> list[int]:
+    count = int(header["dim"][0])
+    dims = header["dim"][1 : 1 + max(count, 0)].tolist()
+    if not 1 <= count <= 7 or min(dims) < 1:
+        raise ValueError(f"{path} has a damaged header: dimensions {header['dim'].tolist()}; export it again")
+    return dims
+
+
+def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path, notes: list[str]) -> np.ndarray:
+    """Voxel index to mm, RAS+; checked."""
+    pixdim = header["pixdim"][1:4]
+    if not (np.isfinite(pixdim) & (pixdim != 0)).all():
+        raise ValueError(f"{path} has a spacing of {pixdim.tolist()}; each must be above 0 mm: correct its header")
+    header["pixdim"][1:4] = np.abs(pixdim)  # old writers put a flip there; NIfTI gives it no meaning
+    try:
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+        affine = sform if sform is not None else qform
+        if affine is None:
+            affine = header.get_base_affine()
+            notes.append(
+                "the file does not say how the patient lies (sform and qform codes are 0);"
+                f" taken as {Geometry(shape, affine).orientation}, so left and right cannot be trusted"
+            )
+        factor = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
+        if factor != 1:
+            notes.append(f"lengths converted from {unit_codes.label[int(header['xyzt_units']) & 7]} to mm")
+            affine = np.diag([factor, factor, factor, 1.0]) @ affine
+        geometry = Geometry(shape, affine)
+    except (ValueError, HeaderDataError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if sform is not None and qform is not None:
+        corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+        apart = np.linalg.norm(corners @ (sform - qform)[:3, :3].T + (sform - qform)[:3, 3], axis=1).max() * factor
+        if apart > _DISAGREE:
+            notes.append(f"sform and qform place voxels up to {apart:.1f} mm apart; the sform is used")
+    return geometry.affine
+
+
+def _voxels(content: bytes, header: Nifti1Header, shape: tuple[int, int, int], path: Path) -> np.ndarray:
+    dtype: Any = data_type_codes.dtype.get(int(header["datatype"]))
+    if dtype is None or dtype.itemsize == 0:
+        raise ValueError(f"{path} has a damaged header: unknown data type {int(header['datatype'])}; export it again")
+    dtype = dtype.newbyteorder(header.endianness)
+    single = header["magic"].item() == type(header).single_magic
+    start, count = int(header["vox_offset"]), int(np.prod(shape, dtype=np.int64))
+    start = max(start, header.sizeof_hdr + 4) if single else start  # some writers leave it 0
+    if len(content) < start + count * dtype.itemsize:
+        raise ValueError(
+            f"{path} is cut off: shape {shape} of {dtype.name} needs {start + count * dtype.itemsize} bytes,"
+            f" it has {len(content)}; copy or export it again"
+        )
+    stored = plain_numbers(np.frombuffer(content, dtype, count, start).reshape(shape, order="F"), path)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        return stored
+    return rescaled(stored, slope, intercept)
+
+
+def _header_for(volume: Volume) -> Nifti1Header:
+    """The source file's own header where it has one for this grid, else a new one with the source's codes."""
+    geometry, fields = volume.geometry, volume.header
+    if "nifti" in fields:
+        header = _parse(fields["nifti"], Path(str(fields.get("path", "volume")))).as_byteswapped("<")
+        if _holds(header, geometry):
+            header.set_data_shape(geometry.shape)
+            return header
+    header = Nifti1Header()
+    header.set_data_shape(geometry.shape)
+    header.set_xyzt_units("mm", fields.get("time_units", "unknown"))
+    header.set_sform(geometry.affine, fields.get("sform_code") or 1)
+    header.set_qform(geometry.affine, 0 if geometry.shear_degrees > _SHEARED else fields.get("qform_code", 1))
+    return header
+
+
+def _holds(header: Nifti1Header, geometry: Geometry) -> bool:
+    """Whether a header already describes this grid."""
+    shape = spatial_shape(_dims(header, Path()), "")
+    return Geometry(shape, _affine(header, shape, Path(), [])).same_as(geometry)
+
+
+def _head_bytes(header: Nifti1Header, extension: bytes) -> bytes:
+    """Header, extender and extension (code 0, padded with spaces to a multiple of 16 bytes) up to the first voxel."""
+    block = b""
+    if extension:
+        size = -(-(len(extension) + 8) // 16) * 16
+        block = np.array([size, 0], "<i4").tobytes() + extension.ljust(size - 8)
+    header["vox_offset"] = header.sizeof_hdr + 4 + len(block)
+    return header.binaryblock + bytes([bool(extension), 0, 0, 0]) + block

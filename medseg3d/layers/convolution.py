@@ -1,0 +1,99 @@
+"""Convolutions, norms and activations for 2D and 3D, named once.
+
+Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spatial axes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_CONV = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
+BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+ACTIVATIONS = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leakyrelu": nn.LeakyReLU,
+    "prelu": nn.PReLU,
+    "relu": nn.ReLU,
+}
+
+NameAndArguments = str | tuple[str, Mapping[str, Any]] | list[Any]
+
+
+def check_spatial_dims(spatial_dims: int) -> int:
+    """Return ``spatial_dims``; ValueError unless it is 2 or 3."""
+    if spatial_dims not in CONV:
+        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
+    return spatial_dims
+
+
+def per_axis(value: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
+    """One number for every spatial axis: an int is repeated, a sequence must have the right length."""
+    values = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
+    if len(values) != spatial_dims:
+        raise ValueError(f"{name} needs one number for each of {spatial_dims} axes, got {value!r}")
+    return values
+
+
+def _name_and_arguments(spec: NameAndArguments) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(spec, str):
+        return spec.lower(), {}
+    name, arguments = spec
+    return str(name).lower(), arguments
+
+
+def norm_layer(spec: NameAndArguments | None, channels: int, spatial_dims: int) -> nn.Module:
+    """``None``, ``"batch"``, ``"instance"`` or ``"group"`` (of 8 groups), or a pair (name, keyword arguments)."""
+    if spec is None:
+        return nn.Identity()
+    name, arguments = _name_and_arguments(spec)
+    if name == "batch":
+        return BATCH_NORM[spatial_dims](channels, **arguments)
+    if name == "instance":
+        return INSTANCE_NORM[spatial_dims](channels, **arguments)
+    if name == "group":
+        return nn.GroupNorm(**{"num_groups": 8, **arguments}, num_channels=channels)
+    raise ValueError(f"norm must be None, 'batch', 'instance' or 'group', got {spec!r}")
+
+
+def activation_layer(spec: NameAndArguments, channels: int | None = None) -> nn.Module:
+    """One of ``ACTIVATIONS`` by name, or a pair (name, keyword arguments).
+
+    Plain ``"prelu"`` learns one slope for each of ``channels``, or a single one where they are not given.
+    """
+    if spec == "prelu" and channels is not None:
+        return nn.PReLU(channels)
+    name, arguments = _name_and_arguments(spec)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {spec!r}")
+    return ACTIVATIONS[name](**arguments)
+
+
+def conv_and_batch_norm(
+    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False
+) -> nn.Sequential:
+    """A convolution that keeps the size (odd ``kernel_size``), then batch norm.
+
+    Its state_dict keys ``conv.*`` and ``adn.N.*`` are those of MONAI's ``Convolution``.
+    """
+    conv = CONV[spatial_dims](in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+    norm = nn.Sequential(OrderedDict(N=BATCH_NORM[spatial_dims](out_channels)))
+    return nn.Sequential(OrderedDict(conv=conv, adn=norm))
+
+
+def centre_crop(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The middle of ``x_BC...`` in the size of ``like_BC...``; where the difference is odd the end loses one more."""
+    for axis in range(2, x.dim()):
+        extra = x.shape[axis] - like.shape[axis]
+        if extra != 0:
+            x = x.narrow(axis, extra // 2, like.shape[axis])
+    return x

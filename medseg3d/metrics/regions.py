@@ -1,0 +1,58 @@
+"""Where each label lies: one pass over a label map finds all boxes, and measures then look only inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from scipy import ndimage
+
+Box = tuple[slice, ...]
+
+
+def as_label_map(array: np.ndarray) -> np.ndarray:
+    """`array` as an integer label map of any dimension; a bool mask becomes the label 1.
+
+    Raises ValueError when the values are neither integers nor bool.
+    """
+    array = np.asarray(array)
+    if array.dtype == bool:
+        return array.view(np.uint8)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"a label map holds integers, got {array.dtype}; convert it with .astype(np.uint8)")
+    return array
+
+
+def label_boxes(label_map: np.ndarray, labels: Iterable[int]) -> dict[int, Box]:
+    """Tight box of each of `labels` (>= 1) that occurs in `label_map`, in one pass; absent labels have no entry."""
+    wanted = list(labels)
+    if any(label < 1 for label in wanted):
+        raise ValueError(f"labels to measure are 1 or more (0 is the background), got {sorted(wanted)}")
+    found = ndimage.find_objects(as_label_map(label_map), max_label=max(wanted, default=1))
+    return {label: found[label - 1] for label in wanted if found[label - 1] is not None}
+
+
+def label_masks(
+    prediction: np.ndarray, reference: np.ndarray, labels: Iterable[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each label: `(label, predicted mask, reference mask)`, both cropped to the box around the two.
+
+    A label that neither map holds gives two empty masks. Raises ValueError when the shapes differ.
+    """
+    prediction, reference = as_label_map(prediction), as_label_map(reference)
+    if prediction.shape != reference.shape:
+        raise ValueError(
+            f"prediction and reference must lie on the same grid, got the shapes {prediction.shape} and "
+            f"{reference.shape}; resample one onto the other first"
+        )
+    labels = list(labels)
+    sides = (label_boxes(prediction, labels), label_boxes(reference, labels))
+    nowhere = (slice(0, 0),) * prediction.ndim
+    for label in labels:
+        boxes = [side[label] for side in sides if label in side]
+        box = _around(boxes) if boxes else nowhere
+        yield label, prediction[box] == label, reference[box] == label
+
+
+def _around(boxes: list[Box]) -> Box:
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))

@@ -1,0 +1,28 @@
+"""The networks, one paper a file. They need torch and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from medseg3d.networks.unet import UNet, cicek_unet, ronneberger_unet
+from medseg3d.networks.vnet import VNet
+
+__all__ = ["NETWORKS", "UNet", "VNet", "build", "cicek_unet", "ronneberger_unet"]
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "vnet": VNet,
+}
+
+
+def build(name: str, **arguments: Any) -> nn.Module:
+    """The network of that name in ``NETWORKS``, built with ``arguments``.
+
+    Raises:
+        ValueError: there is no such network; the message lists those that there are.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"there is no network {name!r}; medseg3d has {', '.join(NETWORKS)}")
+    return NETWORKS[name](**arguments)

@@ -1,0 +1,223 @@
+"""Folders of predictions against folders of references: pairs by name, a row per case and label, means per label."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medseg3d.io import read_volume
+from medseg3d.io.formats import KINDS, split_name
+from medseg3d.metrics.evaluate import COLUMNS, Row, evaluate_case
+from medseg3d.report.records import require_same_grid, write_csv
+from medseg3d.volume import Volume
+
+Files = str | Path | Sequence[str | Path]  # a folder, a file, or several
+
+# What a file is rather than whose: dropped from the end of a name to get the case. The first group are label maps.
+_LABEL_MAPS = "seg|segmentation|label|labels|labelmap|mask|oar|pred|prediction|gt|reference|trans"
+_IMAGES = "ct|image|img|0000"
+_ROLES = re.compile(rf"(?<=.)([_-]({_LABEL_MAPS}|{_IMAGES}))+$", re.IGNORECASE)
+_IMAGE = re.compile(rf"[_-]({_IMAGES})$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """`pairs`: case -> (prediction, reference), sorted by case. `unpaired`: each file left over, and why."""
+
+    pairs: Mapping[str, tuple[Path, Path]]
+    unpaired: Sequence[tuple[Path, str]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`rows`: those of `evaluate_case` with the "case" in front. `unpaired`: files that were left out, and why."""
+
+    rows: Sequence[Row]
+    unpaired: Sequence[tuple[Path, str]]
+
+
+def case_name(path: str | Path) -> str:
+    """The case that a file belongs to: its name without the suffix and without trailing words that say what it is.
+
+    These words follow "_" or "-": seg, segmentation, label(s), labelmap, mask, oar, pred, prediction, gt, reference,
+    trans, ct, image, img, 0000. So "pt1_ct_seg.nii.gz" and "pt1_oar.nrrd" are both the case "pt1".
+    """
+    return _ROLES.sub("", split_name(path)[0])
+
+
+def pair_cases(predictions: Files, references: Files) -> Pairs:
+    """Pair predictions with references by `case_name`; one file on either side is a pair whatever the names.
+
+    Of a folder the NIfTI, NRRD and MetaImage files directly inside are taken. A name that ends in an image's word (_ct)
+    is set aside where the same side has a label map of that case (_seg, _oar).
+
+    Raises:
+        ValueError: two label maps of one case on one side, or no pair at all.
+        FileNotFoundError: a folder or file that does not exist.
+    """
+    sides = _listed(predictions), _listed(references)
+    if all(len(side) == 1 and side[0].is_file() for side in sides):
+        return Pairs({case_name(sides[0][0]): (sides[0][0], sides[1][0])}, [])
+    predicted, expected = (_by_case(_files(side)) for side in sides)
+    both = sorted(predicted.keys() & expected.keys())
+    unpaired = [(path, "no reference of this name") for case, path in predicted.items() if case not in expected]
+    unpaired += [(path, "no prediction of this name") for case, path in expected.items() if case not in predicted]
+    if not both:
+        names = ", ".join(sorted(predicted)[:3] or ["none"]), ", ".join(sorted(expected)[:3] or ["none"])
+        raise ValueError(
+            "no prediction has the name of a reference; names are compared without words such as _seg or _ct:"
+            f" predictions {names[0]}, ...; references {names[1]}, ..."
+        )
+    return Pairs({case: (predicted[case], expected[case]) for case in both}, unpaired)
+
+
+def evaluate_files(
+    prediction: str | Path,
+    reference: str | Path,
+    labels: Mapping[int, str],
+    nsd_tolerance_mm: float = 2.0,
+    annotated: Collection[int] | None = None,
+) -> list[Row]:
+    """`evaluate_case` of two label map files, in true mm also on a sheared grid.
+
+    The reference may be stored with its axes in another order. `annotated`: the labels that were contoured in this
+    case; others are not counted. None means all.
+
+    Raises ValueError when a file is no label map, or the two are not on the same grid.
+    """
+    predicted, expected = _label_map(prediction), _label_map(reference)
+    expected = expected.reoriented(predicted.orientation)
+    require_same_grid(predicted.geometry, expected.geometry, (str(prediction), str(reference)))
+    ignore = () if annotated is None else set(labels) - set(annotated)
+    steps = predicted.affine[:3, :3]
+    return evaluate_case(predicted.array, expected.array, steps, labels, nsd_tolerance_mm, ignore)
+
+
+def evaluate_folders(
+    predictions: Files,
+    references: Files,
+    labels: Mapping[int, str],
+    nsd_tolerance_mm: float = 2.0,
+    annotated: Mapping[str, Collection[int]] | None = None,
+) -> Evaluation:
+    """Every prediction against the reference of its case; see `pair_cases` and `evaluate_files`.
+
+    `annotated`: case (a `case_name`, or the name of one of its files) -> the labels that were contoured in it; a case
+    that is not named there has all.
+    """
+    found = pair_cases(predictions, references)
+    contoured = {case_name(name): organs for name, organs in (annotated or {}).items()}
+    rows: list[Row] = []
+    for case, (prediction, reference) in found.pairs.items():
+        measured = evaluate_files(prediction, reference, labels, nsd_tolerance_mm, contoured.get(case))
+        rows += [{"case": case, **row} for row in measured]
+    return Evaluation(rows, found.unpaired)
+
+
+def write_evaluation_csv(path: str | Path, rows: Iterable[Row]) -> Path:
+    """Write one line per case and label, atomically; where a cell is empty, the note says why."""
+    return write_csv(path, rows, ("case", *COLUMNS))
+
+
+# Measure -> its heading in the summary and the digits after the point.
+_SUMMARY = {
+    "dice": ("Dice", 3),
+    "nsd": ("NSD", 3),
+    "hd95_mm": ("HD95 mm", 2),
+    "volume_error_percent": ("volume error %", 1),
+}
+
+
+def summarise(rows: Iterable[Row]) -> list[Row]:
+    """A row per label, as they first appear: label, name, cases (with a reference), missed (those not predicted).
+
+    Further, of dice, nsd, hd95_mm and volume_error_percent the mean over cases and the standard deviation
+    ("dice_std"). A value that is not defined is left out; the mean of nothing is None. A missed label counts with Dice
+    and NSD 0 but has no HD95: read that beside "missed".
+    """
+    by_label: dict[int, list[Row]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], []).append(row)
+    summary = []
+    for label, all_cases in by_label.items():
+        cases = [row for row in all_cases if row["dice"] is not None]
+        line = {"label": label, "name": all_cases[0]["name"], "cases": len(cases)}
+        line["missed"] = sum(row["volume_ml"] == 0 for row in cases)
+        for measure in _SUMMARY:
+            values = [row[measure] for row in cases if row[measure] is not None]
+            line[measure] = float(np.mean(values)) if values else None
+            line[f"{measure}_std"] = float(np.std(values)) if values else None
+        summary.append(line)
+    return summary
+
+
+def summary_table(rows: Iterable[Row]) -> str:
+    """The summary as text: mean ± standard deviation per label, and at the end the mean of the labels' means."""
+    summary = summarise(rows)
+    lines = [["label", "cases", "missed", *(heading for heading, _ in _SUMMARY.values())]]
+    for row in summary:
+        cells = (_mean_and_std(row[m], row[f"{m}_std"], digits) for m, (_, digits) in _SUMMARY.items())
+        lines.append([row["name"], str(row["cases"]), str(row["missed"]), *cells])
+    lines.append(["mean of labels", "", ""])
+    for measure, (_, digits) in _SUMMARY.items():
+        means = [row[measure] for row in summary if row[measure] is not None]
+        lines[-1].append(f"{np.mean(means):.{digits}f}" if means else "n/a")
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        name.ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in lines
+    )
+
+
+def _mean_and_std(mean: float | None, std: float | None, digits: int) -> str:
+    return "n/a" if mean is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+def _listed(given: Files) -> list[Path]:
+    paths = [Path(path) for path in ([given] if isinstance(given, (str, Path)) else given)]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
+    return paths
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files among `paths`, and the label maps or images directly in the folders among them."""
+    for path in paths:
+        if path.is_dir():
+            kinds = ((file, KINDS.get(split_name(file)[1])) for file in sorted(path.iterdir()))
+            yield from (file for file, kind in kinds if kind in ("nifti", "itk") and not file.name.startswith("."))
+        else:
+            yield path
+
+
+def _by_case(files: Iterable[Path]) -> dict[str, Path]:
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        groups.setdefault(case_name(path), []).append(path)
+    chosen = {}
+    for case, paths in groups.items():
+        label_maps = [path for path in paths if not _IMAGE.search(split_name(path)[0])] or paths
+        if len(label_maps) > 1:
+            names = " and ".join(path.name for path in label_maps)
+            raise ValueError(
+                f"one label map per case and side, got {names} for {case}; move one away or name the files"
+            )
+        chosen[case] = label_maps[0]
+    return chosen
+
+
+def _label_map(path: str | Path) -> Volume:
+    """A label map file; whole numbers stored as floating point, as many tools do, become integers."""
+    volume = read_volume(path)
+    if volume.dtype.kind == "f":
+        whole = np.rint(volume.array)
+        if not np.array_equal(whole, volume.array):
+            raise ValueError(f"{path} is no label map: it holds fractions, such as probabilities or an image do")
+        volume = volume.with_array(whole.astype(np.int32))
+    return volume

@@ -1,0 +1,166 @@
+"""What a run was: software, model, device, time, memory, inputs and outputs, for a JSON file beside the results."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from medseg3d.geometry import Geometry
+from medseg3d.report.records import grid_record, write_json
+
+_PACKAGES = ("medseg3d", "numpy", "scipy", "torch", "monai", "nibabel", "SimpleITK")
+_DECISIVE = ("configs", "scripts", "models")  # the folders of a bundle on which its results depend
+_CHUNK = 1 << 20
+
+
+class Stopwatch:
+    """Seconds per stage of a run: `with stopwatch.stage("read"): ...`; a stage entered again adds up.
+
+    `seconds` maps each stage to its seconds so far, in the order of first entry.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block under `name`, also when it raises."""
+        start = time.perf_counter()
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this platform and the packages that matter, None where one is not installed; imports none."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def bundle_sha256(folder: str | Path) -> str:
+    """sha256 over what decides a bundle's results: names and contents of the files in configs, scripts and models."""
+    digest = hashlib.sha256()
+    paths = (path for part in _DECISIVE for path in Path(folder, part).rglob("*"))
+    for path in sorted(path for path in paths if path.is_file() and path.suffix != ".pyc"):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory (resident set, MiB) that this process has held so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def model_record(
+    name: str, version: str | None, bundle: str | Path, weights: str | Path | None = None
+) -> dict[str, Any]:
+    """A model for the report: name, version, and where its bundle and weights lie with the sha256 of each."""
+    return {
+        "name": name,
+        "version": version,
+        "bundle": str(bundle),
+        "bundle_sha256": bundle_sha256(bundle),
+        "weights": None if weights is None else str(weights),
+        "weights_sha256": None if weights is None else file_sha256(weights),
+    }
+
+
+def case_record(
+    name: str,
+    source: str | Path,
+    geometry: Geometry | None = None,
+    outputs: Mapping[str, str | Path] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    warnings: Sequence[str] = (),
+    error: str | None = None,
+) -> dict[str, Any]:
+    """A case for the report: its input with the grid (None if it could not be read), outputs by kind, times, messages.
+
+    Paths are recorded as they were given, so a relative path stays relative.
+    """
+    return {
+        "name": name,
+        "input": str(source),
+        "grid": None if geometry is None else grid_record(geometry),
+        "outputs": {kind: str(path) for kind, path in (outputs or {}).items()},
+        "seconds": _rounded(seconds or {}),
+        "warnings": list(warnings),
+        "error": error,
+    }
+
+
+def run_report(
+    model: Mapping[str, Any],
+    cases: Sequence[Mapping[str, Any]],
+    device: str,
+    threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    device_peak_memory_mb: float | None = None,
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The report of a run, ready for JSON, to be made at its end (the peak memory is the one so far).
+
+    Args:
+        model: from `model_record`.
+        cases: from `case_record`, one per input.
+        device: where the network ran, such as "cpu" or "cuda:0 (its name)".
+        threads: CPU threads of the network.
+        options: the choices of the user that may change a result.
+        seconds: stages of the whole run, such as loading the model; those of a case are in its record.
+        device_peak_memory_mb: the most memory held on an accelerator, MiB.
+        warnings: messages on the run as a whole.
+    """
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "model": dict(model),
+        "device": device,
+        "threads": threads,
+        "cpus": os.cpu_count(),
+        "options": dict(options or {}),
+        "seconds": _rounded(seconds or {}),
+        "peak_memory_mb": peak_memory_mb(),
+        "device_peak_memory_mb": device_peak_memory_mb,
+        "warnings": list(warnings),
+        "cases": [dict(case) for case in cases],
+    }
+
+
+def write_run_report(path: str | Path, report: Mapping[str, Any]) -> Path:
+    """Write what `run_report` returned as JSON, atomically."""
+    return write_json(path, report)
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(value, 3) for stage, value in seconds.items()}

@@ -1,0 +1,194 @@
+"""One model, loaded once: a scan in, a segmentation on the scan's own grid out.
+
+Shape legend: arrays are (D, H, W); image_BCDHW and logits_BKDHW go through the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from medseg3d.data.checks import check_ct
+from medseg3d.inference.device import device_name
+from medseg3d.io import LabelTable, as_volume, write_label_map
+from medseg3d.report.preview import preview, write_preview
+from medseg3d.report.run import Stopwatch
+from medseg3d.report.statistics import statistics
+from medseg3d.volume import Volume
+
+if TYPE_CHECKING:
+    from medseg3d.batch import CaseResult
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a model made of one scan.
+
+    Attributes:
+        segmentation: label map on the scan's own grid, uint8 or uint16.
+        image: the scan as it was read.
+        table: names and colours of the labels.
+        model_name: name and version of the model.
+        warnings: what the user should know, one sentence each.
+        seconds: time of each stage.
+    """
+
+    segmentation: Volume
+    image: Volume
+    table: LabelTable
+    model_name: str
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Label number -> name."""
+        return dict(self.table.names)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the label map; the suffix chooses the format (.nii.gz, .nii, .nrrd, .mha). Names travel with it."""
+        return write_label_map(self.segmentation, path, self.table)
+
+    def statistics(self) -> dict[str, Any]:
+        """Volume, intensities and place of every organ, see :func:`medseg3d.report.statistics.statistics`."""
+        return statistics(self.segmentation, self.image, self.labels)
+
+    def preview(self, path: str | Path, title: str | None = None) -> Path:
+        """Write a PNG of three planes through the segmentation with a legend."""
+        name = title or Path(str(self.image.header.get("path", "scan"))).name
+        picture = preview(self.segmentation, self.image, self.labels, self.table.colors, name, self.model_name)
+        return write_preview(path, picture)
+
+
+class Segmenter:
+    """A network with its preprocessing, strategy and post-processing.
+
+    Built by :func:`medseg3d.load_model`; the parts are what a bundle's ``inference.json`` names.
+
+    Args:
+        network: on ``device``, in evaluation mode.
+        preprocessing: MONAI dictionary transform from {"image": MetaTensor (D, H, W)} to the network's grid.
+        inferer: called as ``inferer(image_BCDHW, network)``.
+        postprocessing: MONAI dictionary transform that brings "pred" to a label map on the input's grid.
+        table: names and colours of the labels.
+        device: where the network runs.
+        name: name and version, for titles and reports.
+        expects_hu: whether the input must be a CT in Hounsfield units.
+        record: what a run report says of the model.
+        notes: what was adapted when the model was loaded.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        preprocessing: Callable,
+        inferer: Callable,
+        postprocessing: Callable,
+        table: LabelTable,
+        device: torch.device,
+        name: str,
+        expects_hu: bool = True,
+        record: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.network = network
+        self.preprocessing = preprocessing
+        self.inferer = inferer
+        self.postprocessing = postprocessing
+        self.table = table
+        self.device = device
+        self.name = name
+        self.expects_hu = expects_hu
+        self.record = dict(record or {})
+        self.notes = tuple(notes)
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Label number -> name."""
+        return dict(self.table.names)
+
+    def predict(
+        self, image: Any, allow_non_hu: bool = False, progress: Callable[[str], None] | None = None
+    ) -> Segmentation:
+        """Segment one scan.
+
+        Args:
+            image: a path, a nibabel or SimpleITK image, a pair (array, affine), a MetaTensor or a Volume; see
+                :func:`medseg3d.io.as_volume`.
+            allow_non_hu: go on where the intensities cannot be Hounsfield units.
+            progress: called with the name of each stage as it begins.
+
+        Raises:
+            ValueError: the scan cannot be read or segmented; the message says why and what to do.
+            FileNotFoundError: no such file.
+        """
+        stopwatch = Stopwatch()
+
+        def stage(name: str) -> Any:
+            if progress is not None:
+                progress(name)
+            return stopwatch.stage(name)
+
+        with stage("read"):
+            volume = as_volume(image)
+            warnings = [*volume.header.get("notes", ())]
+            if self.expects_hu:
+                warnings += check_ct(volume, allow_non_hu)
+        with stage("preprocess"):
+            data = self.preprocessing({"image": _meta_tensor(volume)})
+        with stage("network"), torch.inference_mode():
+            image_BCDHW = data["image"][None].to(self.device)
+            data["pred"] = self.inferer(image_BCDHW, self.network)[0].cpu()
+        with stage("postprocess"):
+            labels = self._label_map(self.postprocessing(data)["pred"], volume)
+        return Segmentation(
+            volume.with_array(labels), volume, self.table, self.name, tuple(warnings), dict(stopwatch.seconds)
+        )
+
+    def predict_many(
+        self, inputs: Sequence[str | Path] | str | Path, output_dir: str | Path, resume: bool = False, **options: Any
+    ) -> Iterator[CaseResult]:
+        """Segment every scan among ``inputs`` and write the results; see :func:`medseg3d.batch.predict_many`."""
+        from medseg3d.batch import predict_many
+
+        return predict_many(self, inputs, output_dir, resume=resume, **options)
+
+    def describe_device(self) -> str:
+        """Where the network runs, for reports."""
+        return device_name(self.device)
+
+    def _label_map(self, prediction: torch.Tensor, volume: Volume) -> np.ndarray:
+        """(D, H, W) labels; an error unless the bundle brought its prediction back to the input's own grid."""
+        array = np.asarray(prediction.detach().cpu())
+        if array.shape[0] > 1:
+            array = array.argmax(axis=0)[None]
+        if array.shape != (1, *volume.shape):
+            raise ValueError(
+                f"the model's post-processing gives a volume of {array.shape[1:]}, but the scan has {volume.shape}: "
+                "its inference.json must end with Invertd, or another transform back to the input's grid"
+            )
+        labels = np.rint(array[0])
+        unknown = set(np.unique(labels).astype(int).tolist()) - {0, *self.table.names}
+        if unknown:
+            raise ValueError(f"the model gave labels {sorted(unknown)} that its metadata.json does not name")
+        return labels.astype(np.uint8 if max(self.table.names, default=0) <= 255 else np.uint16)
+
+
+def _meta_tensor(volume: Volume) -> Any:
+    """What MONAI's ``LoadImaged`` would have given for the same file, read by medseg3d's own readers."""
+    from monai.data import MetaTensor
+
+    affine = torch.from_numpy(volume.affine.copy())
+    meta = {
+        "original_affine": affine.clone(),
+        "spatial_shape": np.array(volume.shape),
+        "original_channel_dim": "no_channel",
+        "filename_or_obj": str(volume.header.get("path", "")),
+        "space": "RAS",
+    }
+    return MetaTensor(torch.from_numpy(np.array(volume.array, np.float32, order="C")), affine=affine, meta=meta)

@@ -1,0 +1,6 @@
+"""Iteration functions and defaults for MONAI's engines."""
+
+from medseg3d.training.checkpoint import ResumeFromLast
+from medseg3d.training.iterations import PartialLabelIteration, channels_last
+
+__all__ = ["PartialLabelIteration", "ResumeFromLast", "channels_last"]

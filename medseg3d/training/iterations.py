@@ -1,0 +1,62 @@
+"""What one training step does, for ``monai.engines.SupervisedTrainer(iteration_update=...)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """The same network with its convolution weights in channels-last order, which CPU and GPU kernels prefer."""
+    for parameter in network.parameters():
+        if parameter.dim() in _CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.dim()])
+    return network
+
+
+class PartialLabelIteration:
+    """One step of training on cases in which some organs were not contoured.
+
+    Each batch is a dictionary with ``image`` (B, C, ...), ``label`` (B, 1, ...) and ``annotated`` (B, K), boolean.
+    The network runs under autocast to ``dtype``; the engine's loss gets ``annotated`` as its third argument. A loss
+    that is not finite raises, so that a diverged run stops with its last checkpoint intact.
+
+    Args:
+        dtype: precision of the forward pass; bfloat16 needs no loss scaling.
+        clip_norm: the gradient's L2 norm is clipped to this.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, clip_norm: float = 12.0) -> None:
+        self.dtype = dtype
+        self.clip_norm = clip_norm
+
+    def __call__(self, engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        device = torch.device(engine.state.device)
+        image = _plain(batch["image"], device)
+        label = _plain(batch["label"], device)
+        annotated = _plain(batch["annotated"], device).bool()
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = engine.inferer(image, engine.network)
+        loss = engine.loss_function(logits, label, annotated)
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"the loss became {loss.item()} at iteration {engine.state.iteration}; lower the learning rate"
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(engine.network.parameters(), self.clip_norm)
+        engine.optimizer.step()
+        return {"image": image, "label": label, "pred": logits.detach(), "loss": loss.detach()}
+
+
+def _plain(value: Any, device: torch.device) -> torch.Tensor:
+    """A tensor without MONAI's metadata, which would slow every operation of the step."""
+    value = value.as_tensor() if hasattr(value, "as_tensor") else value
+    value = value.to(device)
+    memory_format = _CHANNELS_LAST.get(value.dim(), torch.contiguous_format)
+    return value.contiguous(memory_format=memory_format)

@@ -1,0 +1,121 @@
+"""What every network of medseg3d keeps, in a tiny configuration, in 2D and in 3D."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from medseg3d.networks import NETWORKS, build
+
+# (name, spatial axes): (arguments, a good size, a bad one, the next size that the network takes)
+CONFIGURATIONS = {
+    ("unet", 2): ({"channels": (4, 8, 8)}, (12, 16), (9, 12), (12, 12)),
+    ("unet", 3): ({"channels": (4, (4, 8), 8), "norm": ("group", {"num_groups": 2})}, (8, 4, 12), (8, 5, 9), (8, 8, 12)),
+    ("vnet", 2): ({}, (32, 16), (33, 16), (48, 16)),
+    ("vnet", 3): ({"act": "prelu"}, (16, 32, 16), (16, 16, 7), (16, 16, 16)),
+}
+CLASSES = 3
+
+
+class Subject:
+    """A network in eval mode with an input of two images."""
+
+    def __init__(self, name, spatial_dims):
+        arguments, self.size, self.bad_size, self.next_size = CONFIGURATIONS[name, spatial_dims]
+        self.name = name
+        self.arguments = {"spatial_dims": spatial_dims, "in_channels": 2, "out_channels": CLASSES, **arguments}
+        torch.manual_seed(0)
+        self.network = self.build()
+        self.x = torch.randn(2, 2, *self.size)
+        with torch.no_grad():
+            self.y = self.network(self.x)
+
+    def build(self):
+        return build(self.name, **self.arguments).eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda key: f"{key[0]}-{key[1]}d")
+def subject(request):
+    return Subject(*request.param)
+
+
+def test_every_network_is_held_to_the_contract():
+    assert {name for name, _ in CONFIGURATIONS} == set(NETWORKS)
+
+
+def test_build_names_the_networks_that_there_are():
+    with pytest.raises(ValueError, match="there is no network 'alexnet3d'; medseg3d has unet, vnet"):
+        build("alexnet3d")
+
+
+def test_one_logit_a_class_and_voxel(subject):
+    assert subject.y.shape == (2, CLASSES, *subject.size)
+    assert torch.isfinite(subject.y).all()
+
+
+def test_a_size_that_does_not_fit_is_refused_with_the_next_that_does(subject):
+    with pytest.raises(ValueError, match=re.escape(f"the next size that it takes is {subject.next_size}")):
+        subject.network(torch.zeros(1, 2, *subject.bad_size))
+    with torch.no_grad():
+        assert subject.network(torch.zeros(1, 2, *subject.next_size)).shape[2:] == subject.next_size
+
+
+def test_another_number_of_axes_is_refused(subject):
+    axes = len(subject.size)
+    with pytest.raises(ValueError, match=f"takes {axes} spatial axes"):
+        subject.network(torch.zeros(1, 2, *[16] * (axes + 1)))
+
+
+def test_a_gradient_reaches_every_parameter(subject):
+    x = subject.x.clone().requires_grad_()
+    cotangent = torch.randn(subject.y.shape, generator=torch.Generator().manual_seed(1))
+    (subject.network(x) * cotangent).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in subject.network.named_parameters()}
+    subject.network.zero_grad(set_to_none=True)
+    without = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    assert not without
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert x.grad.any()
+
+
+def test_eval_is_deterministic_and_independent_of_the_batch(subject):
+    with torch.no_grad():
+        assert torch.equal(subject.network(subject.x), subject.y)
+        alone = subject.network(subject.x[1:])
+    torch.testing.assert_close(alone, subject.y[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_input_is_not_changed(subject):
+    x = subject.x.clone()
+    with torch.no_grad():
+        subject.network(x)
+    assert torch.equal(x, subject.x)
+
+
+def test_state_dict_round_trip(subject):
+    other = subject.build()
+    with torch.no_grad():
+        assert not torch.equal(other(subject.x), subject.y)
+        other.load_state_dict(subject.network.state_dict(), strict=True)
+        assert torch.equal(other(subject.x), subject.y)
+
+
+def test_torch_export(subject):
+    exported = torch.export.export(subject.network, (subject.x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(subject.x), subject.y, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_script(subject):
+    scripted = torch.jit.script(subject.network)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(subject.x), subject.y, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32(subject):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = subject.network(subject.x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - subject.y).norm() < 0.03 * subject.y.norm()

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medseg3d.report.evaluation import (
+    case_name,
+    evaluate_files,
+    evaluate_folders,
+    pair_cases,
+    summarise,
+    summary_table,
+    write_evaluation_csv,
+)
+
+LABELS = {1: "brainstem", 2: "larynx"}
+AFFINE = np.diag([2.0, 1.0, 5.0, 1.0])
+
+
+def label_map(*boxes):
+    """Bars of the labels 1, 2, ..., each at its own height and as long as given, in zeros of (6, 6, 6)."""
+    array = np.zeros((6, 6, 6), np.uint8)
+    for label, length in enumerate(boxes, start=1):
+        array[:length, :2, 2 * label] = label
+    return array
+
+
+def save(path, array, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path):
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    save(predictions / "pt1_ct_seg.nii.gz", label_map(4, 5))
+    save(references / "pt1_oar.nii.gz", label_map(5, 5))
+    save(predictions / "pt2_ct_seg.nii.gz", label_map(5, 0))
+    save(references / "pt2_oar.nii.gz", label_map(5, 5))
+    return predictions, references
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("pt1.nii.gz", "pt1"),
+        ("pt1_ct.nii.gz", "pt1"),
+        ("pt1_ct_seg.nii.gz", "pt1"),
+        ("pt1_OAR.nrrd", "pt1"),
+        ("some/folder/spleen_10_trans.nii", "spleen_10"),
+        ("liver_0_0000.nii.gz", "liver_0"),
+        ("pt1-label.mha", "pt1"),
+        ("pt1.seg.nrrd", "pt1"),
+        ("pt1_ptv.nii.gz", "pt1_ptv"),
+        ("seg.nii.gz", "seg"),
+        ("oct_scan.nii.gz", "oct_scan"),
+    ],
+)
+def test_case_of_a_file_name(name, case):
+    assert case_name(name) == case
+
+
+def test_folders_are_paired_by_case(folders):
+    predictions, references = folders
+    found = pair_cases(predictions, references)
+    assert {case: (p.name, r.name) for case, (p, r) in found.pairs.items()} == {
+        "pt1": ("pt1_ct_seg.nii.gz", "pt1_oar.nii.gz"),
+        "pt2": ("pt2_ct_seg.nii.gz", "pt2_oar.nii.gz"),
+    }
+    assert list(found.unpaired) == []
+
+
+def test_images_are_set_aside_and_files_left_over_are_reported(folders):
+    predictions, references = folders
+    save(references / "pt1_ct.nii.gz", label_map(1))
+    save(references / "pt3_oar.nii.gz", label_map(1))
+    save(predictions / "pt4_seg.nii.gz", label_map(1))
+    (references / "notes.txt").write_text("not an image")
+    found = pair_cases(predictions, references)
+    assert found.pairs["pt1"][1].name == "pt1_oar.nii.gz"
+    assert {path.name: reason for path, reason in found.unpaired} == {
+        "pt4_seg.nii.gz": "no reference of this name",
+        "pt3_oar.nii.gz": "no prediction of this name",
+    }
+
+
+def test_one_file_on_either_side_is_a_pair(tmp_path):
+    prediction, reference = save(tmp_path / "seg.nii.gz", label_map(1)), save(tmp_path / "truth.nii", label_map(1))
+    assert list(pair_cases(prediction, [reference]).pairs.values()) == [(prediction, reference)]
+
+
+def test_pairing_refusals(folders, tmp_path):
+    predictions, references = folders
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        pair_cases(tmp_path / "nowhere", references)
+    with pytest.raises(ValueError, match="no prediction has the name of a reference"):
+        pair_cases(predictions, [save(tmp_path / f"{name}_oar.nii", label_map(1)) for name in "xy"])
+    save(references / "pt1_label.nii.gz", label_map(1))
+    with pytest.raises(ValueError, match=r"pt1_label.nii.gz and pt1_oar.nii.gz for pt1"):
+        pair_cases(predictions, references)
+
+
+def test_rows_and_summary(folders, tmp_path):
+    evaluation = evaluate_folders(*folders, LABELS)
+    assert [(row["case"], row["name"]) for row in evaluation.rows] == [
+        ("pt1", "brainstem"),
+        ("pt1", "larynx"),
+        ("pt2", "brainstem"),
+        ("pt2", "larynx"),
+    ]
+    assert evaluation.rows[0]["dice"] == pytest.approx(16 / 18)
+    assert evaluation.rows[0]["reference_ml"] == pytest.approx(0.1)
+    brainstem, larynx = summarise(evaluation.rows)
+    assert (brainstem["cases"], brainstem["missed"]) == (2, 0)
+    assert brainstem["dice"] == pytest.approx((16 / 18 + 1) / 2)
+    assert brainstem["dice_std"] == pytest.approx((1 - 16 / 18) / 2)
+    assert brainstem["volume_error_percent"] == pytest.approx(-10)
+    assert (larynx["cases"], larynx["missed"], larynx["dice"]) == (2, 1, 0.5)
+    assert larynx["hd95_mm"] == 0, "of the one case in which it was predicted"
+
+    lines = summary_table(evaluation.rows).splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    assert " ".join(lines[2].split()) == "larynx 2 1 0.500 ± 0.500 0.500 ± 0.500 0.00 ± 0.00 -50.0 ± 50.0"
+    assert lines[-1].startswith("mean of labels")
+
+    with write_evaluation_csv(tmp_path / "m.csv", evaluation.rows).open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert (cells[0]["case"], cells[0]["label"], cells[0]["dice"]) == ("pt1", "1", "0.888889")
+    assert (cells[3]["hd95_mm"], cells[3]["note"]) == ("", "not predicted")
+
+
+def test_a_missing_contour_is_not_counted(folders):
+    evaluation = evaluate_folders(*folders, LABELS, annotated={"pt2_ct": [1]})
+    assert evaluation.rows[3]["dice"] is None
+    larynx = summarise(evaluation.rows)[1]
+    assert (larynx["cases"], larynx["missed"], larynx["dice"]) == (1, 0, 1)
+    nowhere = evaluate_folders(*folders, {3: "thyroid"})
+    assert "n/a" in summary_table(nowhere.rows)
+
+
+def test_another_axis_order_and_floating_point_are_read(folders, tmp_path):
+    """The reference flipped to LPS, the prediction as float32, as MONAI writes it."""
+    prediction = save(tmp_path / "p.nii.gz", label_map(4, 5).astype(np.float32))
+    affine = AFFINE.copy()
+    affine[:2] *= -1
+    affine[:2, 3] = (5 * 2.0, 5 * 1.0)
+    reference = save(tmp_path / "r.nii.gz", label_map(5, 5)[::-1, ::-1], affine)
+    rows = evaluate_files(prediction, reference, LABELS)
+    assert [row["dice"] for row in rows] == [pytest.approx(16 / 18), 1]
+
+
+def test_refused_files(tmp_path):
+    good = save(tmp_path / "good.nii.gz", label_map(4, 5))
+    affine = AFFINE.copy()
+    affine[0, 3] = 3.0
+    away = save(tmp_path / "away.nii.gz", label_map(4, 5), affine)
+    with pytest.raises(ValueError, match=r"good.nii.gz on .*from \(0, 0, 0\) mm.*away.nii.gz on .*from \(3, 0, 0\) mm"):
+        evaluate_files(good, away, LABELS)
+    fractions = save(tmp_path / "fractions.nii.gz", label_map(4, 5).astype(np.float32) / 3)
+    with pytest.raises(ValueError, match=r"fractions.nii.gz is no label map"):
+        evaluate_files(fractions, good, LABELS)

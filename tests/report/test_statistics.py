@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from medseg3d.report.statistics import statistics, write_statistics_csv, write_statistics_json
+from medseg3d.volume import Volume
+
+AFFINE = np.array([[-2.0, 0, 0, 100], [0, -1, 0, 50], [0, 0, 5, -20], [0, 0, 0, 1]])  # LPS, 0.01 ml a voxel
+LABELS = {0: "background", 1: "brainstem", 2: "larynx", 5: "thyroid"}
+
+
+@pytest.fixture
+def result():
+    organs = np.zeros((10, 12, 8), np.uint8)
+    image = np.full(organs.shape, -1000, np.int16)
+    organs[2:4, 3:5, 1:2] = 1
+    image[2:4, 3:5, 1] = [[10, 20], [30, 60]]
+    organs[0, 0, 7] = organs[9, 11, 3] = 2
+    return statistics(Volume(organs, AFFINE), Volume(image, AFFINE), LABELS)
+
+
+def test_hand_worked_figures(result):
+    figures = result["labels"]["brainstem"]
+    assert (figures["label"], figures["voxels"], figures["volume_ml"]) == (1, 4, pytest.approx(0.04))
+    hu = figures["hu"]
+    assert (hu["mean"], hu["median"]) == (30, 25)
+    assert hu["std"] == pytest.approx(np.sqrt((400 + 100 + 0 + 900) / 4), abs=0.01)
+    assert (hu["p5"], hu["p25"], hu["p75"], hu["p95"]) == (11.5, 17.5, 37.5, 55.5)
+    assert figures["centroid_ras_mm"] == [100 - 2 * 2.5, 50 - 3.5, -20 + 5 * 1]
+    assert figures["bounding_box"] == {"start": [2, 3, 1], "stop": [4, 5, 2], "size_mm": [4, 2, 5]}
+    assert figures["touches_border"] == []
+    assert (figures["components"], figures["reason"]) == (1, None)
+
+
+def test_border_faces_have_anatomical_names_and_pieces_are_counted(result):
+    """Voxel (0, 0, 7) of an LPS grid is its rightmost, most anterior and most superior one; (9, 11, 3) the opposite."""
+    figures = result["labels"]["larynx"]
+    assert sorted(figures["touches_border"]) == ["anterior", "left", "posterior", "right", "superior"]
+    assert figures["components"] == 2
+
+
+def test_figures_in_space_do_not_depend_on_the_storage():
+    organs = np.zeros((10, 12, 8), np.uint8)
+    organs[0:3, 4:6, 2:5] = 1
+    image = np.random.default_rng(0).normal(size=organs.shape).astype(np.float32)
+    segmentation, image = Volume(organs, AFFINE), Volume(image, AFFINE)
+    expected = statistics(segmentation, image, {1: "organ"})["labels"]["organ"]
+    for codes in ("RAS", "SPL", "AIR"):
+        figures = statistics(segmentation.reoriented(codes), image.reoriented(codes), {1: "organ"})["labels"]["organ"]
+        for key in ("voxels", "volume_ml", "hu", "centroid_ras_mm", "components"):
+            assert figures[key] == expected[key]
+        assert figures["touches_border"] == expected["touches_border"] == ["right"]
+
+
+def test_absent_label_is_null_with_a_reason(result, tmp_path):
+    figures = result["labels"]["thyroid"]
+    assert "no voxel" in figures["reason"]
+    assert all(figures[key] is None for key in figures if key not in ("label", "reason"))
+    path = write_statistics_json(tmp_path / "s.json", result)
+    text = path.read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == result
+
+
+def test_background_is_left_out(result):
+    assert list(result["labels"]) == ["brainstem", "larynx", "thyroid"]
+    assert result["voxel_volume_mm3"] == 10
+    assert result["grid"]["orientation"] == "LPS"
+
+
+def test_voxels_that_are_no_numbers_are_left_out():
+    image = np.array([1.0, np.nan, 3.0, np.inf], np.float32).reshape(4, 1, 1)
+    organs = np.array([1, 1, 1, 1], np.uint8).reshape(4, 1, 1)
+    hu = statistics(Volume(organs, np.eye(4)), Volume(image, np.eye(4)), {1: "organ"})["labels"]["organ"]["hu"]
+    assert (hu["mean"], hu["median"]) == (2, 2)
+    only = np.array([0, 1, 0, 0], np.uint8).reshape(4, 1, 1)
+    hu = statistics(Volume(only, np.eye(4)), Volume(image, np.eye(4)), {1: "organ"})["labels"]["organ"]["hu"]
+    assert set(hu.values()) == {None}
+
+
+def test_two_labels_of_one_name_are_both_there():
+    volume = Volume(np.array([1, 2], np.uint8).reshape(2, 1, 1), np.eye(4))
+    assert list(statistics(volume, volume, {1: "rib", 2: "rib"})["labels"]) == ["rib", "rib (2)"]
+
+
+def test_csv_has_a_line_per_case_and_label(result, tmp_path):
+    path = write_statistics_csv(tmp_path / "s.csv", {"a": result, "b": result})
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["case"], line["name"]) for line in lines] == [(c, n) for c in "ab" for n in result["labels"]]
+    first, second, absent = lines[:3]
+    assert (first["voxels"], first["hu_mean"], first["centroid_r_mm"], first["box_stop_j"]) == ("4", "30", "95", "5")
+    assert second["touches_border"] == "right left anterior posterior superior"
+    assert absent["volume_ml"] == absent["hu_mean"] == absent["components"] == ""
+    assert "no voxel" in absent["reason"]
+
+
+def test_another_grid_is_refused():
+    segmentation, image = Volume(np.zeros((2, 2, 2), np.uint8), np.eye(4)), Volume(np.zeros((2, 2, 3)), np.eye(4))
+    with pytest.raises(ValueError, match=r"the segmentation on .*\(2, 2, 2\).* the image on .*\(2, 2, 3\)"):
+        statistics(segmentation, image, {1: "organ"})

@@ -1,0 +1,148 @@
+"""Imports go down only; networks and layers know torch and nothing else; importing medseg3d is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# From the bottom up. A module may import what lies on lower floors, and its own package. "medseg3d" is the package's
+# own __init__, which names what is public.
+FLOORS = [
+    {"interpolation", "resources"},
+    {"geometry"},
+    {"volume"},
+    {"io", "layers", "losses", "metrics", "catalogue", "compatibility", "checkpoints"},
+    {"data", "networks", "flops"},
+    {"inference"},
+    {"report"},
+    {"training", "segmenter", "batch"},
+    {"bundle", "compare"},
+    {"medseg3d", "doctor"},
+    {"cli"},
+    {"__main__"},
+]
+# Two files of one room: a Segmenter predicts many cases by the code in batch.py.
+NEIGHBOURS = [{"segmenter", "batch"}]
+# Where less is allowed than all that lies below.
+ONLY = {
+    "io": {"volume", "geometry"},
+    "layers": set(),
+    "losses": set(),
+    "metrics": {"geometry"},
+    "data": {"io", "volume", "geometry", "resources"},
+    "networks": {"layers"},
+    "inference": {"io", "volume", "geometry"},  # networks and transforms arrive as callables
+}
+THIRD_PARTY_ONLY = {
+    "interpolation": {"numpy"},
+    "geometry": {"numpy"},
+    "volume": {"numpy"},
+    "layers": {"torch"},
+    "networks": {"torch"},
+    "losses": {"torch"},
+    "metrics": {"numpy", "scipy"},
+    "report": {"numpy", "scipy", "PIL"},
+}
+FILE_FORMATS = {"nibabel", "SimpleITK", "pydicom", "isal"}  # files are opened in io and nowhere else
+
+
+def imported(source):
+    """Every module that the source imports, at the top or within functions, as dotted names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor_of(room):
+    floors = [n for n, rooms in enumerate(FLOORS) if room in rooms]
+    assert floors, f"medseg3d.{room} has no floor yet: put it on one in {__file__}"
+    return floors[0]
+
+
+def room_of(dotted, rooms):
+    """The room that `medseg3d.x.y` names; a plain name in medseg3d (its version, say) is the package itself."""
+    room = dotted.split(".")[1]
+    return room if room in rooms else "medseg3d"
+
+
+def breaches(room, source, rooms):
+    """Each import of the source of a module in `room` that the rules forbid, with the reason."""
+    for name in imported(source):
+        package = name.split(".")[0]
+        if package == "medseg3d":
+            target = room_of(name, rooms)
+            if target == room or {target, room} in NEIGHBOURS:
+                continue
+            if floor_of(target) >= floor_of(room):
+                yield f"{room} imports {name}, which does not lie below it"
+            elif target not in ONLY.get(room, {target}):
+                yield f"{room} imports {name}, but may import only {sorted(ONLY[room])} of medseg3d"
+        elif package not in sys.stdlib_module_names:
+            if package not in THIRD_PARTY_ONLY.get(room, {package}):
+                yield f"{room} imports {name}, but may import only {sorted(THIRD_PARTY_ONLY[room])}"
+            if package in FILE_FORMATS and room != "io":
+                yield f"{room} imports {name}, but only io reads and writes files"
+
+
+def modules():
+    package = ROOT / "medseg3d"
+    for path in sorted(package.rglob("*.py")):
+        first = path.relative_to(package).parts[0]
+        yield ("medseg3d" if first == "__init__.py" else first.removesuffix(".py")), path
+
+
+def test_imports_go_down_only():
+    found = list(modules())
+    rooms = {room for room, _ in found}
+    assert {"geometry", "networks", "data", "inference"} <= rooms
+    wrong = [
+        f"{path.relative_to(ROOT)}: {breach}"
+        for room, path in found
+        for breach in breaches(room, path.read_text(), rooms)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "allowed"),
+    [
+        ("networks", "from medseg3d.layers.convolution import CONV\nimport torch, math", True),
+        ("networks", "from medseg3d.networks.unet import UNet", True),
+        ("networks", "from medseg3d import geometry", False),
+        ("networks", "def f():\n    import monai", False),
+        ("networks", "import numpy as np", False),
+        ("layers", "from medseg3d.networks import unet", False),
+        ("volume", "from medseg3d.geometry import Geometry", True),
+        ("geometry", "from medseg3d.volume import Volume", False),
+        ("geometry", "import torch", False),
+        ("metrics", "import medseg3d.io.nifti", False),
+        ("inference", "from medseg3d.networks import UNet", False),
+        ("data", "if True:\n    from medseg3d.inference import SubVolumes", False),
+        ("report", "from nibabel.nifti1 import Nifti1Image", False),
+        ("cli", "from medseg3d import __version__", True),
+        ("bundle", "from medseg3d import __version__", False),
+    ],
+)
+def test_the_rule_finds_what_it_should(room, source, allowed):
+    rooms = set().union(*FLOORS)
+    assert (not list(breaches(room, source, rooms))) == allowed
+
+
+def test_importing_medseg3d_imports_neither_torch_nor_monai():
+    code = "import sys, medseg3d; print(sorted({'torch', 'monai', 'nibabel', 'SimpleITK'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_networks_import_without_monai():
+    code = "import sys, medseg3d.networks, medseg3d.losses; print('monai' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -1,0 +1,149 @@
+"""The loss for partly contoured cases, against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from medseg3d.losses import PartialDiceCELoss
+
+
+def case(batch=2, classes=4, shape=(3, 4, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, *shape, generator=generator)
+    labels = torch.randint(0, classes, (batch, 1, *shape), generator=generator)
+    return logits, labels
+
+
+def plain_dice_and_cross_entropy(logits, labels, smooth=1.0):
+    """The ordinary loss, voxel by voxel in float64."""
+    classes = logits.shape[1]
+    z = np.moveaxis(logits.double().numpy(), 1, -1).reshape(-1, classes)
+    y = labels.numpy().reshape(-1)
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    cross_entropy = -np.log(p[np.arange(len(y)), y]).mean()
+    dice = [
+        (2 * p[y == c, c].sum() + smooth) / (p[:, c].sum() + (y == c).sum() + smooth) for c in range(1, classes)
+    ]
+    return 1 - np.mean(dice), cross_entropy
+
+
+def test_the_smallest_case_by_hand():
+    """Two classes, four voxels, every probability a half: cross-entropy ln 2, Dice (2 * 0.5 + 1) / (2 + 1 + 1)."""
+    loss = PartialDiceCELoss()(torch.zeros(1, 2, 4), torch.tensor([[[1, 0, 0, 0]]]))
+    assert loss.item() == pytest.approx(math.log(2) + 1 - 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (5, 6)])
+@pytest.mark.parametrize(("weight", "smooth"), [(1.0, 1.0), (0.3, 1e-5)])
+def test_with_every_organ_contoured_it_is_dice_plus_cross_entropy(shape, weight, smooth):
+    logits, labels = case(shape=shape)
+    dice, cross_entropy = plain_dice_and_cross_entropy(logits, labels, smooth)
+    loss = PartialDiceCELoss(weight, smooth)
+    for annotated in (None, torch.ones(2, 4, dtype=torch.bool)):
+        assert loss(logits, labels, annotated).item() == pytest.approx(cross_entropy + weight * dice, rel=1e-5)
+
+
+def test_a_perfect_prediction_costs_nothing():
+    _, labels = case()
+    logits = torch.nn.functional.one_hot(labels[:, 0], 4).movedim(-1, 1) * 100.0
+    assert PartialDiceCELoss()(logits, labels).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_predicting_a_missing_organ_on_background_costs_nothing():
+    labels = torch.zeros(1, 1, 8, dtype=torch.long)
+    labels[..., 0] = 1
+    right = torch.zeros(1, 3, 8)
+    right[:, 1, 0] = 50
+    right[:, 0, 1:] = 50
+    organ_2_there = right.clone()
+    organ_2_there[:, 0, 4:], organ_2_there[:, 2, 4:] = 0, 50
+    loss = PartialDiceCELoss()
+    missing, contoured = torch.tensor([[True, True, False]]), torch.ones(1, 3, dtype=torch.bool)
+    assert loss(organ_2_there, labels, missing).item() == pytest.approx(0, abs=1e-6)
+    assert loss(organ_2_there, labels, missing) == loss(right, labels, missing)
+    assert loss(organ_2_there, labels, contoured) > 10
+
+
+def test_a_missing_organ_is_still_wrong_where_another_one_was_contoured():
+    labels = torch.ones(1, 1, 4, dtype=torch.long)
+    logits = torch.zeros(1, 3, 4)
+    logits[:, 2] = 50
+    assert PartialDiceCELoss()(logits, labels, torch.tensor([[True, True, False]])) > 10
+
+
+def test_dice_of_an_organ_counts_the_cases_that_have_it():
+    """Organ 2 is missing in the second case: its Dice is the first case's alone, organ 1's that of both."""
+    logits, labels = case(classes=3)
+    labels[1][labels[1] == 2] = 0
+    annotated = torch.tensor([[True, True, True], [True, True, False]])
+    p = logits.softmax(dim=1).flatten(2).double()
+    one_hot = torch.nn.functional.one_hot(labels.flatten(1), 3).movedim(-1, 1).double()
+
+    def soft_dice(organ, cases):
+        overlap = (p[cases, organ] * one_hot[cases, organ]).sum()
+        return (2 * overlap + 1) / (p[cases, organ].sum() + one_hot[cases, organ].sum() + 1)
+
+    both = PartialDiceCELoss()(logits, labels, annotated)
+    cross_entropy = PartialDiceCELoss(dice_weight=0.0)(logits, labels, annotated)
+    expected = 1 - (soft_dice(1, [0, 1]) + soft_dice(2, [0])) / 2
+    assert (both - cross_entropy).item() == pytest.approx(expected.item(), abs=1e-5)
+
+    background = torch.where(labels.flatten(1) == 0, p[:, 0] + torch.tensor([[0.0], [1.0]]) * p[:, 2], 1.0)
+    organ = torch.where(labels.flatten(1) > 0, p.gather(1, labels.flatten(2)).flatten(1), 1.0)
+    assert cross_entropy.item() == pytest.approx(-(background * organ).log().mean().item(), abs=1e-5)
+
+
+def test_annotated_may_be_zeros_and_ones():
+    logits, labels = case()
+    labels[labels == 3] = 0
+    booleans = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    loss = PartialDiceCELoss()
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        assert loss(logits, labels, booleans.to(dtype)) == loss(logits, labels, booleans)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("missing", [(), (2,), (1, 2, 3)])
+def test_loss_and_gradient_are_finite(scale, missing):
+    logits, labels = case()
+    logits = (logits * scale).requires_grad_()
+    annotated = torch.ones(2, 4, dtype=torch.bool)
+    for organ in missing:
+        annotated[:, organ] = False
+        labels[labels == organ] = 0
+    loss = PartialDiceCELoss()(logits, labels, annotated)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+    if len(missing) < 3:
+        assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    logits, labels = case(shape=(16, 16, 16))
+    rounded = logits.to(dtype).requires_grad_()
+    loss = PartialDiceCELoss()(rounded, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(PartialDiceCELoss()(rounded.detach().float(), labels).item(), rel=1e-6)
+    assert rounded.grad.dtype == dtype and torch.isfinite(rounded.grad).all()
+
+
+def test_inputs_are_not_changed():
+    logits, labels = case()
+    annotated = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    copies = logits.clone(), labels.clone(), annotated.clone()
+    PartialDiceCELoss()(logits, labels, annotated)
+    assert all(torch.equal(a, b) for a, b in zip(copies, (logits, labels, annotated), strict=True))
+
+
+def test_shapes_that_do_not_fit():
+    logits, labels = case()
+    with pytest.raises(ValueError, match=r"labels must be \(2, 1, 3, 4, 2\) for these logits, got \(2, 3, 4, 2\)"):
+        PartialDiceCELoss()(logits, labels[:, 0])
+    with pytest.raises(ValueError, match=r"annotated must be \(2, 4\), got \(2, 3\)"):
+        PartialDiceCELoss()(logits, labels, torch.ones(2, 3, dtype=torch.bool))

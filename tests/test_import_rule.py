@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. A module may import what lies on lower floors, and its own package. "medseg3d" is the package's
 # own __init__, which names what is public.
@@ -69,7 +70,7 @@ def floor_of(room):
 
 def room_of(dotted, rooms):
     """The room that `medseg3d.x.y` names; a plain name in medseg3d (its version, say) is the package itself."""
-    room = dotted.split(".")[1]
+    room = dotted.partition(".")[2].partition(".")[0]
     return room if room in rooms else "medseg3d"
 
 

@@ -25,9 +25,7 @@ def plain_dice_and_cross_entropy(logits, labels, smooth=1.0):
     y = labels.numpy().reshape(-1)
     p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
     cross_entropy = -np.log(p[np.arange(len(y)), y]).mean()
-    dice = [
-        (2 * p[y == c, c].sum() + smooth) / (p[:, c].sum() + (y == c).sum() + smooth) for c in range(1, classes)
-    ]
+    dice = [(2 * p[y == c, c].sum() + smooth) / (p[:, c].sum() + (y == c).sum() + smooth) for c in range(1, classes)]
     return 1 - np.mean(dice), cross_entropy
 
 

@@ -19,7 +19,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from medseg3d.geometry import Geometry
 from medseg3d.io.formats import split_name
-from medseg3d.io.voxels import plain_numbers, rescaled, spatial_shape
+from medseg3d.io.voxels import fortran_order, plain_numbers, rescaled, spatial_shape
 from medseg3d.volume import Volume
 
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by spatial unit code; 0, unknown, is taken as mm
@@ -93,7 +93,7 @@ def write_nifti(path: Path, volume: Volume, description: str, extension: bytes =
     header["aux_file"] = b""
     header["magic"] = type(header).single_magic
     head = _head_bytes(header, extension)
-    body = volume.array.ravel(order="F")  # a view of an array that was read by us, a copy of one that was not
+    body = fortran_order(volume.array).ravel(order="F")
     with path.open("wb") as file:
         if path.name.endswith(".gz"):
             deflate = isal_zlib.compressobj(1, isal_zlib.DEFLATED, 31)

@@ -14,7 +14,7 @@ import numpy as np
 from medseg3d.io.atomic import write_atomic
 from medseg3d.io.formats import READABLE, WRITABLE, kind_of, split_name
 from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text
-from medseg3d.io.voxels import LPS_TO_RAS, plain_numbers, spatial_shape
+from medseg3d.io.voxels import LPS_TO_RAS, fortran_order, plain_numbers, spatial_shape
 from medseg3d.volume import Volume
 
 
@@ -93,12 +93,12 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
     path, table = Path(path), table if isinstance(table, LabelTable) else LabelTable(table)
     if volume.array.dtype.kind not in "iub":
         raise ValueError(f"a label map holds whole numbers, got {volume.array.dtype}: convert it, e.g. with argmax")
-    unknown = _labels_in(volume.array) - {0, *table.names}
+    array = fortran_order(volume.array)
+    unknown = _labels_in(array) - {0, *table.names}
     if unknown:
         raise ValueError(f"labels {sorted(unknown)} are in the segmentation but not in the table: name them")
     dtype = np.uint8 if max(table.names, default=0) <= 255 else np.uint16
-    volume = volume.with_array(volume.array.astype(dtype, copy=False))
-    _write(volume, path, "medseg3d label map", table)
+    _write(volume.with_array(array.astype(dtype, copy=False)), path, "medseg3d label map", table)
     text = sidecar_text(table, path, volume.header.get("path"))
     write_atomic(sidecar_path(path), lambda file: _write_text(file, text))
     return path
@@ -110,7 +110,8 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     The format is chosen, and errors are raised, as by `write_label_map`.
     """
     path = Path(path)
-    _write(volume.with_array(plain_numbers(volume.array, "the volume")), path, "medseg3d image", None)
+    array = fortran_order(plain_numbers(volume.array, "the volume"))
+    _write(volume.with_array(array), path, "medseg3d image", None)
     return path
 
 

@@ -6,14 +6,14 @@ import copy
 import hashlib
 import json
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import jsonschema
 import pytest
 
 from medseg3d.data.manifest import SPLITS, datalist, load_manifest, verify_files
-from tests.conftest import ROOT
 
-FOLDER = ROOT / "data_manifests"
+FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema")
 SCHEMA = json.loads((FOLDER / "schema.json").read_text())
 
@@ -129,7 +129,7 @@ def test_verify_files_names_what_is_wrong(dataset):
 def test_a_patient_in_two_splits_is_refused(saved):
     manifest = small_manifest()
     manifest["cases"][2]["patient"] = "p0"
-    with pytest.raises(ValueError, match="small.json: patient p0 is in two splits"):
+    with pytest.raises(ValueError, match=r"small\.json: patient p0 is in two splits"):
         load_manifest(saved(manifest))
 
 
@@ -147,7 +147,7 @@ def test_a_split_of_another_name_is_refused(saved):
 
 
 def test_an_unknown_name_lists_those_that_ship():
-    with pytest.raises(FileNotFoundError, match="there is no manifest 'liver'; medseg3d ships .*openkbp_headneck"):
+    with pytest.raises(FileNotFoundError, match=r"there is no manifest 'liver'; medseg3d ships .*openkbp_headneck"):
         load_manifest("liver")
 
 
@@ -172,7 +172,7 @@ def test_datalist_refuses_a_split_without_cases(dataset):
 
 def test_datalist_names_a_missing_file(dataset):
     (dataset / "oar" / "p0.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="oar/p0.nii.gz is not in the dataset folder") as error:
+    with pytest.raises(FileNotFoundError, match=r"oar/p0\.nii\.gz is not in the dataset folder") as error:
         datalist(small_manifest(), dataset, "train")
     assert str(dataset) in str(error.value) and "owner/data" in str(error.value)
     assert datalist(small_manifest(), dataset, "test")  # other splits need only their own files

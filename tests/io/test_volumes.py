@@ -99,6 +99,13 @@ def test_unknown_suffixes_are_refused(tmp_path, segmentation, name):
         write_label_map(segmentation, tmp_path / name, TABLE)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_the_layout_in_memory_does_not_matter(tmp_path, order):
+    labels = np.random.default_rng(0).integers(0, 2, (40, 37, 35)).transpose(order)
+    path = write_label_map(Volume(labels, np.eye(4)), tmp_path / "seg.nii.gz", {1: "a"})
+    np.testing.assert_array_equal(nib.load(path).dataobj, labels)
+
+
 # What may go wrong while writing
 
 

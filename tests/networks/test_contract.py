@@ -12,7 +12,12 @@ from medseg3d.networks import NETWORKS, build
 # (name, spatial axes): (arguments, a good size, a bad one, the next size that the network takes)
 CONFIGURATIONS = {
     ("unet", 2): ({"channels": (4, 8, 8)}, (12, 16), (9, 12), (12, 12)),
-    ("unet", 3): ({"channels": (4, (4, 8), 8), "norm": ("group", {"num_groups": 2})}, (8, 4, 12), (8, 5, 9), (8, 8, 12)),
+    ("unet", 3): (
+        {"channels": (4, (4, 8), 8), "norm": ("group", {"num_groups": 2})},
+        (8, 4, 12),
+        (8, 5, 9),
+        (8, 8, 12),
+    ),
     ("vnet", 2): ({}, (32, 16), (33, 16), (48, 16)),
     ("vnet", 3): ({"act": "prelu"}, (16, 32, 16), (16, 16, 7), (16, 16, 16)),
 }

@@ -115,7 +115,9 @@ class GoldenModel:
         (y * cotangent).mean().backward()
         share = self.case["grad_atol_over_max"]
         expected = self.arrays["grad_input"]
-        np.testing.assert_allclose(self.strided("y", x.grad.numpy()), expected, rtol=0, atol=share * abs(expected).max())
+        np.testing.assert_allclose(
+            self.strided("y", x.grad.numpy()), expected, rtol=0, atol=share * abs(expected).max()
+        )
         ours = {name: p.grad.double() for name, p in network.named_parameters()}
         assert ours.keys() == self.param_grads.keys()
         for name, (norm, total) in self.param_grads.items():

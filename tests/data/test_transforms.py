@@ -1,0 +1,307 @@
+"""Preprocessing and its way back: grids, label maps, left and right."""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd
+from scipy import ndimage
+
+from medseg3d.data.transforms import (
+    LabelsOnInputGridd,
+    ModelGrid,
+    RandMirrorLateralityd,
+    ToModelGridd,
+    applied_frame,
+    body_box,
+    labels_by_interpolation,
+    swap_labels,
+)
+from medseg3d.geometry import Chain, Geometry
+
+ORIENTATIONS = ["".join(codes) for axes in permutations(("RL", "AP", "SI")) for codes in product(*axes)]
+
+
+def oblique(spacing=(2.0, 1.5, 3.0)):
+    """About 12 degrees off the anatomical axes, with different voxel sizes, RAS."""
+    a, b = np.radians([12.0, -7.0])
+    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    affine = np.eye(4)
+    affine[:3, :3] = about_z @ about_x * spacing
+    affine[:3, 3] = (-31.0, 12.5, 104.0)
+    return affine
+
+
+def smooth(shape, seed=0):
+    """A smooth image in HU, about -1000 at the border and up to 1000 inside."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2.0)
+    inside = np.pad(np.ones([n - 6 for n in shape]), 3)
+    return (ndimage.gaussian_filter(inside, 1.0) * (1000 + 400 * noise / noise.std()) - 1000).astype(np.float32)
+
+
+def blobs(shape, numbers, seed=1):
+    """A label map of thick regions, 0 and each of `numbers`."""
+    fields = np.random.default_rng(seed).standard_normal((len(numbers) + 1, *shape))
+    winners = ndimage.gaussian_filter(fields, (0, 2.5, 2.5, 2.5)).argmax(axis=0)
+    return np.array([0, *numbers])[winners].astype(np.uint16)
+
+
+def tensor(array, affine):
+    return MetaTensor(torch.from_numpy(np.array(array, dtype=array.dtype)[None]), affine=torch.from_numpy(affine))
+
+
+def plain_argmax(frame, one_hot):
+    return frame.image(one_hot).argmax(axis=0)
+
+
+class TestGrid:
+    def test_body_box(self):
+        array = np.full((6, 7, 8), -1000.0)
+        array[2:4, 1, 3:8] = 40
+        start, stop = body_box(array, -500)
+        assert start.tolist() == [2, 1, 3] and stop.tolist() == [4, 2, 8]
+        start, stop = body_box(array, 100)
+        assert start.tolist() == [0, 0, 0] and stop.tolist() == [6, 7, 8]
+
+    def test_orientation_spacing_and_margin(self):
+        array = np.full((20, 18, 16), -1000.0)
+        array[6:14, 5:12, 4:10] = 40
+        affine = np.diag([-2.0, -1.0, 3.0, 1.0])
+        frame = ModelGrid("RAS", (1.0, 1.0, 1.5), crop_above=-500, crop_margin=3.0).frame(array, affine)
+        assert frame.target.orientation == "RAS"
+        np.testing.assert_allclose(frame.target.spacing, (1.0, 1.0, 1.5))
+        assert frame.target.shape == ((8 + 4) * 2, 7 + 6, (6 + 2) * 2)  # 3 mm are 2, 3 and 1 voxels at each end
+        first, last = frame.source.world([(6, 5, 4), (13, 11, 9)])
+        inside = frame.target.index([first, last])
+        assert (inside > 1).all() and (inside < np.array(frame.target.shape) - 2).all()
+
+    def test_the_margin_ends_with_the_volume(self):
+        frame = ModelGrid("RAS", (2.0, 2.0, 2.0), crop_above=0, crop_margin=100).frame(
+            np.ones((4, 5, 6)), np.eye(4) * 2
+        )
+        assert frame.target.shape == (4, 5, 6)
+
+
+class TestLabelsByInterpolation:
+    def frames(self):
+        grid = Geometry((14, 11, 9), oblique())
+        yield grid.resample(spacing=1.3)
+        yield grid.resample(spacing=4.1)
+        yield grid.reorient("PIR")
+        chain = ModelGrid("LSA", (2.5, 1.1, 2.2), crop_above=-300).frame(smooth(grid.shape), grid.affine)
+        yield chain
+        yield chain.inverse()
+
+    def test_equal_to_the_argmax_of_the_interpolated_one_hot(self):
+        for frame in self.frames():
+            labels = blobs(frame.source.shape, [1, 2, 3])
+            one_hot = np.stack([labels == n for n in range(4)])
+            ours = labels_by_interpolation(frame, one_hot)
+            assert ours.shape == frame.target.shape and ours.dtype == np.uint8
+            np.testing.assert_array_equal(ours, plain_argmax(frame, one_hot.astype(np.float32)))
+            assert set(np.unique(ours)) == {0, 1, 2, 3}
+
+    def test_logits_outside_the_source_are_background(self):
+        """Padding fills with 0, which must not beat a background logit of -5 there."""
+        crop = Geometry((9, 8, 7), np.eye(4)).crop((2, 2, 2), (7, 6, 5))
+        frame = Chain([crop, crop.target.resample(shape=(10, 8, 6))]).inverse()
+        logits = np.stack([np.full(frame.source.shape, -5.0), np.full(frame.source.shape, -1.0)])
+        expected = np.zeros((9, 8, 7), np.uint8)
+        expected[2:7, 2:6, 2:5] = 1
+        np.testing.assert_array_equal(labels_by_interpolation(frame, logits), expected)
+
+    def test_ties_go_to_the_lower_class(self):
+        frame = Geometry((4, 4, 4), np.eye(4)).resample(spacing=0.5)
+        assert (labels_by_interpolation(frame, np.ones((3, 4, 4, 4))) == 0).all()
+
+    @pytest.mark.parametrize(("classes", "dtype"), [(256, np.uint8), (257, np.uint16)])
+    def test_as_many_bits_as_the_classes_need(self, classes, dtype):
+        frame = Geometry((2, 2, 2), np.eye(4)).resample(shape=(4, 4, 4))
+        logits = np.zeros((classes, 2, 2, 2), np.float32)
+        logits[-1] = 1
+        labels = labels_by_interpolation(frame, logits)
+        assert labels.dtype == dtype and (labels == classes - 1).all()
+
+    def test_the_channels_are_not_changed(self):
+        logits = np.random.default_rng(0).standard_normal((3, 5, 6, 7)).astype(np.float32)
+        for frame in (
+            Geometry((5, 6, 7), np.eye(4)).reorient("LPS"),
+            Geometry((5, 6, 7), np.eye(4)).resample(shape=(5, 6, 7)),
+        ):
+            before = logits.copy()
+            labels_by_interpolation(frame, logits)
+            np.testing.assert_array_equal(logits, before)
+
+
+class TestToModelGrid:
+    shape = (22, 26, 18)
+
+    def data(self, orientation="LPS", numbers=(1, 2, 7)):
+        reorient = Geometry(self.shape, oblique()).reorient(orientation)
+        image, label = (reorient.image(array) for array in (smooth(self.shape), blobs(self.shape, numbers)))
+        return {"image": tensor(image, reorient.target.affine), "label": tensor(label, reorient.target.affine)}
+
+    def test_image_and_labels_arrive_on_one_grid(self):
+        data = self.data()
+        moved = ToModelGridd(("image", "label"), "label", "RAS", (2.5, 2.5, 2.5), crop_above=-500, crop_margin=5)(data)
+        frame = applied_frame(moved["image"])
+        assert moved["image"].shape == moved["label"].shape == (1, *frame.target.shape)
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(moved[key].affine, frame.target.affine)
+            assert Geometry(frame.target.shape, moved[key].affine.numpy()).orientation == "RAS"
+        assert moved["image"].dtype == torch.float32 and torch.isfinite(moved["image"]).all()
+        assert moved["label"].dtype == torch.uint8 and set(moved["label"].unique().tolist()) == {0, 1, 2, 7}
+
+    def test_the_caller_keeps_its_data(self):
+        data = self.data()
+        before = {key: (value.clone(), value.affine.clone()) for key, value in data.items()}
+        ToModelGridd(("image", "label"), "label", spacing=(3, 3, 3))(data)
+        for key, (array, affine) in before.items():
+            assert torch.equal(data[key], array) and torch.equal(data[key].affine, affine)
+            assert data[key].applied_operations == []
+
+    def test_label_numbers_above_255_are_kept(self):
+        moved = ToModelGridd(("image", "label"), "label", spacing=(2.5, 2.5, 2.5))(self.data(numbers=(1, 300)))
+        assert moved["label"].dtype == torch.uint16
+        assert set(np.unique(moved["label"].numpy())) == {0, 1, 300}
+
+    def test_labels_follow_the_image_in_space(self):
+        """Where the image is its own label map, both ways through the transform agree up to the voxels at an edge."""
+        data = self.data(numbers=(1,))
+        data["image"] = tensor(data["label"][0].numpy().astype(np.float32), data["label"].affine.numpy())
+        moved = ToModelGridd(("image", "label"), "label", spacing=(1.7, 1.7, 1.7))(data)
+        np.testing.assert_array_equal(moved["image"].numpy() > 0.5, moved["label"].numpy() == 1)
+
+    def test_inverting_a_change_of_axes_and_a_crop_is_exact(self):
+        data = self.data("PSL")
+        spacing = Geometry(self.shape, oblique()).spacing
+        transform = ToModelGridd(("image", "label"), "label", "RAS", spacing, crop_above=-500)
+        back = Compose([transform, Invertd(("image", "label"), transform)])(data)
+        np.testing.assert_array_equal(back["label"].affine, data["label"].affine)
+        frame = applied_frame(transform(data)["image"])
+        kept = frame.inverse().label_map(np.ones(frame.target.shape, np.uint8))
+        assert 0 < kept.sum() < kept.size
+        np.testing.assert_array_equal(back["label"][0].numpy(), data["label"][0].numpy() * kept)
+        np.testing.assert_array_equal(back["image"][0].numpy(), data["image"][0].numpy() * kept)
+
+    def test_inverting_restores_labels_and_grid(self):
+        data = self.data("SRA")
+        transform = ToModelGridd(("image", "label"), "label", "LPI", (1.2, 1.2, 1.2))
+        back = Compose([transform, Invertd("label", transform, orig_keys="image")])(data)
+        assert back["label"].shape == data["label"].shape
+        np.testing.assert_allclose(back["label"].affine, data["label"].affine)
+        np.testing.assert_array_equal(back["label"].numpy(), data["label"].numpy())  # finer and back loses nothing
+        assert back["label"].applied_operations == []
+
+    def test_inverting_a_prediction_without_metadata(self):
+        data = self.data()
+        del data["label"]
+        transform = ToModelGridd("image", spacing=(3, 3, 3))
+        moved = transform(data)
+        moved["pred"] = torch.ones(1, *moved["image"].shape[1:])
+        with pytest.warns(UserWarning, match="transform info"):
+            assert Invertd("pred", transform, orig_keys="other")(moved)["pred"].shape == moved["image"].shape
+        moved["pred"] = MetaTensor(moved["pred"])
+        back = Invertd("pred", transform, orig_keys="image")(moved)["pred"]
+        assert back.shape == data["image"].shape and (back == 1).all()
+
+    def test_another_grid_is_refused(self):
+        data = self.data()
+        data["label"].affine[0, 3] += 5
+        with pytest.raises(ValueError, match="'label' does not lie on the grid of 'image'"):
+            ToModelGridd(("image", "label"), "label")(data)
+
+    def test_an_image_without_a_record_is_refused(self):
+        with pytest.raises(ValueError, match="no record of ToModelGridd: put it into the preprocessing"):
+            applied_frame(self.data()["image"])
+
+
+class TestLabelsOnInputGrid:
+    shape = (16, 20, 14)
+
+    def segment(self, image, affine):
+        """Preprocess, a "network" that thresholds, and back: the label map and its affine."""
+        data = ToModelGridd("image", (), "RAS", (2.2, 2.2, 2.2), crop_above=-500, crop_margin=4)(
+            {"image": tensor(image, affine)}
+        )
+        x = data["image"].as_tensor()[0] / 100
+        data["pred"] = torch.stack([torch.zeros_like(x), 1 - (x + 2).abs(), x - 1.5])
+        labels = LabelsOnInputGridd("pred", "image")(data)["pred"]
+        return labels[0].numpy(), labels.affine.numpy()
+
+    @pytest.fixture(scope="class")
+    def expected(self):
+        labels, _ = self.segment(smooth(self.shape), oblique())
+        assert np.bincount(labels.ravel()).min() > 50  # three classes, each of some size
+        return labels
+
+    def test_there_are_48_orientations(self):
+        assert len(set(ORIENTATIONS)) == 48
+
+    @pytest.mark.parametrize("codes", ORIENTATIONS)
+    def test_the_same_segmentation_in_space_from_every_orientation(self, codes, expected):
+        reorient = Geometry(self.shape, oblique()).reorient(codes)
+        labels, affine = self.segment(reorient.image(smooth(self.shape)), reorient.target.affine)
+        np.testing.assert_array_equal(affine, reorient.target.affine)
+        assert labels.shape == reorient.target.shape and labels.dtype == np.uint8
+        same = reorient.inverse().label_map(labels) == expected
+        assert same.mean() > 0.999  # the order of sums may turn a tie
+
+    def test_many_predictions_of_one_image(self):
+        data = ToModelGridd("image", spacing=(3, 3, 3))({"image": tensor(smooth(self.shape), oblique())})
+        size = data["image"].shape[1:]
+        data["a"] = torch.stack([torch.zeros(size), torch.ones(size)])
+        data["b"] = torch.stack([torch.ones(size), torch.zeros(size)]).to(torch.bfloat16)
+        back = LabelsOnInputGridd(("a", "b"), "image")(data)
+        assert (back["a"] == 1).all() and (back["b"] == 0).all()
+        assert back["a"].shape == back["b"].shape == (1, *self.shape)
+
+
+class TestMirror:
+    def data(self):
+        image = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(1, 6, 4, 5)
+        label = torch.randint(0, 5, (1, 6, 4, 5), generator=torch.Generator().manual_seed(0))
+        return {"image": image, "label": label, "annotated": [1, 1, 0, 1, 0]}
+
+    def test_left_and_right_change_places(self):
+        data = self.data()
+        mirrored = RandMirrorLateralityd(("image", "label"), "label", pairs=[(3, 4)], prob=1.0)(data)
+        assert torch.equal(mirrored["image"], data["image"].flip(1))
+        flipped = data["label"].flip(1)
+        for before, after in ((0, 0), (1, 1), (2, 2), (3, 4), (4, 3)):
+            assert (mirrored["label"][flipped == before] == after).all()
+        assert mirrored["annotated"] == [1, 1, 0, 0, 1]
+
+    def test_twice_is_nothing_and_the_input_stays(self):
+        data, fresh = self.data(), self.data()
+        transform = RandMirrorLateralityd(("image", "label"), "label", pairs=[(3, 4)], prob=1.0)
+        twice = transform(transform(data))
+        for key in ("image", "label"):
+            assert torch.equal(twice[key], fresh[key]) and torch.equal(data[key], fresh[key])
+        assert twice["annotated"] == data["annotated"] == fresh["annotated"]
+
+    def test_probability_and_seed(self):
+        never = RandMirrorLateralityd("image", prob=0.0)
+        assert all(torch.equal(never(self.data())["image"], self.data()["image"]) for _ in range(20))
+
+        def draws(seed):
+            transform = RandMirrorLateralityd("image", prob=0.5)
+            transform.set_random_state(seed)
+            return [not torch.equal(transform(self.data())["image"], self.data()["image"]) for _ in range(60)]
+
+        assert draws(1) == draws(1) != draws(2)
+        assert 15 < sum(draws(1)) < 45
+
+    def test_the_right_side_is_the_first_axis_of_a_model_grid(self):
+        """In "RAS" the first axis runs from left to right, so that is the one to mirror."""
+        frame = ModelGrid("RAS", (2, 2, 2)).frame(np.zeros((6, 7, 8)), np.diag([-2.0, -2.0, 2.0, 1.0]))
+        assert frame.target.world((1, 0, 0))[0] > frame.target.world((0, 0, 0))[0]
+
+    def test_swap_labels_changes_pairs_at_once(self):
+        swapped = swap_labels(torch.tensor([0, 1, 2, 3, 4, 5]), [(1, 2), (4, 5)])
+        assert swapped.tolist() == [0, 2, 1, 3, 5, 4]

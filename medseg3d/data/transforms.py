@@ -141,8 +141,8 @@ class ToModelGridd(MapTransform, InvertibleTransform):
                 raise ValueError(
                     f"{key!r} does not lie on the grid of {self.keys[0]!r}: resample it to that grid first"
                 )
-            moved = _move_labels(frame, array) if key in self.label_keys else frame.image(array.astype(np.float32))
-            result = MetaTensor(torch.from_numpy(np.ascontiguousarray(moved)), meta=dict(image.meta))
+            moved = _move_labels(frame, array) if key in self.label_keys else frame.image(array)
+            result = MetaTensor(torch.from_numpy(_own(moved)), meta=dict(image.meta))
             result.applied_operations = list(image.applied_operations)
             self.push_transform(result, orig_size=array.shape[1:], extra_info={"frame": frame})
             result.affine = torch.from_numpy(frame.target.affine.copy())
@@ -159,7 +159,7 @@ class ToModelGridd(MapTransform, InvertibleTransform):
             # Whole numbers in one channel are labels: interpolating them would invent labels in between.
             labels = array.shape[0] == 1 and (array == np.round(array)).all()
             moved = frame.label_map(array.astype(np.int32)).astype(array.dtype) if labels else frame.image(array)
-            result = MetaTensor(torch.from_numpy(np.ascontiguousarray(moved)), meta=dict(tensor.meta))
+            result = MetaTensor(torch.from_numpy(_own(moved)), meta=dict(tensor.meta))
             result.applied_operations = list(tensor.applied_operations)
             result.affine = torch.from_numpy(frame.target.affine.copy())
             output[key] = result
@@ -188,7 +188,7 @@ class LabelsOnInputGridd(MapTransform):
             logits = output[key].detach().float().cpu().numpy()
             labels = labels_by_interpolation(frame.inverse(), logits)
             meta = dict(image.meta)
-            result = MetaTensor(torch.from_numpy(np.ascontiguousarray(labels)[None]), meta=meta)
+            result = MetaTensor(torch.from_numpy(_own(labels)[None]), meta=meta)
             result.affine = torch.from_numpy(frame.source.affine.copy())
             output[key] = result
         return output
@@ -207,6 +207,11 @@ def _move_labels(frame: Frame, array: np.ndarray) -> np.ndarray:
     numbers = np.concatenate([[0], present[present > 0]]).astype(np.int64)
     winners = labels_by_interpolation(frame, [array[0] == number for number in numbers])
     return numbers[winners].astype(np.uint8 if numbers[-1] <= 255 else np.uint16)[None]
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    """The array itself or, where it is a read-only view (of the caller's data, perhaps), a copy."""
+    return np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"])
 
 
 def _as_meta_tensor(value: Any) -> MetaTensor:

@@ -38,8 +38,9 @@ def find_inputs(items: Sequence[str | Path] | str | Path) -> Inputs:
     """Cases among files, folders, zips of DICOM files and patterns such as "scans/*.nii.gz" ("**" for any depth).
 
     A file given by name or pattern is taken if its format is known. In a folder, every image file directly inside is a
-    case, and so is every folder with DICOM files, at any depth; label maps that medseg3d wrote there (`*_seg`) are not.
-    A case is named after its file or DICOM folder; where two would have one name, the folders above are put in front.
+    case, and so is every folder with DICOM files, at any depth; label maps that medseg3d wrote there (`*_seg`) are not,
+    and hidden files are passed over. A case is named after its file or DICOM folder; where two would have one name, the
+    folders above are put in front.
 
     Raises:
         NothingFound: there is no case; the message lists why.

@@ -69,16 +69,18 @@ def write_itk(path: Path, volume: Volume, table: LabelTable | None = None) -> No
 
 
 def read_segments(path: Path) -> LabelTable | None:
-    """The label table in the segment fields of an NRRD file, if it has any."""
-    image, names, colors = _read(path), {}, {}
-    keys = set(image.GetMetaDataKeys())
+    """The label table in the segment fields of an NRRD file's header, if it has any."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(path))
+    header.ReadImageInformation()
+    names, colors, keys = {}, {}, set(header.GetMetaDataKeys())
     for key in sorted(keys):
         segment = key.removesuffix("_LabelValue")
         if segment != key and f"{segment}_Name" in keys:
-            label = int(image.GetMetaData(key))
-            names[label] = image.GetMetaData(f"{segment}_Name")
+            label = int(header.GetMetaData(key))
+            names[label] = header.GetMetaData(f"{segment}_Name")
             if f"{segment}_Color" in keys:
-                colors[label] = parse_color(image.GetMetaData(f"{segment}_Color").split())
+                colors[label] = parse_color(header.GetMetaData(f"{segment}_Color").split())
     return LabelTable(names, colors) if names else None
 
 

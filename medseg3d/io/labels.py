@@ -106,7 +106,7 @@ class LabelTable:
 
     @classmethod
     def from_xml(cls, xml: bytes) -> LabelTable:
-        """From the LabelTable in a Caret XML document; ValueError if there is none."""
+        """From the LabelTable in a Caret XML document; ValueError if it is damaged."""
         names, colors = {}, {}
         try:
             for entry in ET.fromstring(xml.strip(b"\0 \n")).findall(".//LabelTable/Label"):

@@ -53,7 +53,8 @@ def read_nifti(path: str | Path) -> Volume:
 
 def volume_from_nibabel(image: Any) -> Volume:
     """A Volume from a nibabel image, in memory or not yet loaded; ValueError as in `read_nifti`."""
-    data, name, notes = image.dataobj, Path(image.get_filename() or "the nibabel image"), []  # type: ignore[var-annotated]
+    data, file, notes = image.dataobj, image.get_filename(), list[str]()
+    name = Path(file or "the nibabel image")
     shape = spatial_shape(image.shape, name)
     if hasattr(data, "get_unscaled"):  # nibabel itself would scale to float64
         array = rescaled(plain_numbers(np.asarray(data.get_unscaled()), name), float(data.slope), float(data.inter))
@@ -63,7 +64,8 @@ def volume_from_nibabel(image: Any) -> Volume:
         return Volume(array.reshape(shape), image.affine, {"format": "memory", "units": "mm"})
     header = image.header.copy()
     affine = _affine(header, shape, name, notes)
-    return Volume(array.reshape(shape), affine, {**_fields(header), "path": str(name), "notes": tuple(notes)})
+    path = {"path": str(file)} if file else {}
+    return Volume(array.reshape(shape), affine, {**_fields(header), **path, "notes": tuple(notes)})
 
 
 def _fields(header: Nifti1Header) -> dict[str, Any]:
@@ -162,6 +164,7 @@ def _inflating(path: Path) -> Iterator[None]:
 
 
 def _parse(content: bytes, path: Path) -> Nifti1Header:
+    """The header, of either version and byte order; ValueError if there is none."""
     sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
     for kind, size in ((Nifti1Header, 348), (Nifti2Header, 540)):
         if size in sizes and len(content) >= size:
@@ -184,7 +187,7 @@ def _dims(header: Nifti1Header, path: Path) -> list[int]:
 
 
 def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path, notes: list[str]) -> np.ndarray:
-    """Voxel index to mm, RAS+; checked."""
+    """Voxel index to mm, RAS+, checked; the header's spacing is made positive."""
     pixdim = header["pixdim"][1:4]
     if not (np.isfinite(pixdim) & (pixdim != 0)).all():
         raise ValueError(f"{path} has a spacing of {pixdim.tolist()}; each must be above 0 mm: correct its header")

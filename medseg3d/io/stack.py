@@ -33,7 +33,7 @@ def stack_slices(positions: np.ndarray, normal: np.ndarray) -> Stack:
     slices are put on an even grid, with a note, if no gap is above 10 mm.
 
     Raises:
-        ValueError: two slices at one position, slices that do not lie on one line, or a gap above 10 mm.
+        ValueError: the slices do not lie on one line, or a gap is above 10 mm.
     """
     along = (positions - positions[0]) @ normal
     gaps = np.diff(along)
@@ -41,13 +41,14 @@ def stack_slices(positions: np.ndarray, normal: np.ndarray) -> Stack:
     line = (positions[-1] - positions[0]) / along[-1]  # mm of way for each mm along the normal
     sideways = np.linalg.norm(positions - positions[0] - along[:, None] * line, axis=1).max()
     if sideways > _EVEN:
-        raise ValueError(
-            f"slices are shifted sideways by up to {sideways:.1f} mm: they make no grid; export them again"
-        )
+        raise ValueError(f"slices are shifted sideways by up to {sideways:.1f} mm: they make no grid")
     notes = []
     tilt = float(np.degrees(np.arccos(min(1.0, 1 / float(np.linalg.norm(line))))))
     if tilt > _TILT:
-        notes.append(f"gantry tilt of {tilt:.1f} degrees: kept as a sheared grid")
+        notes.append(
+            f"gantry tilt of {tilt:.1f} degrees: kept as a sheared grid,"
+            " which ITK-based viewers read from .nrrd or .mha but not from NIfTI"
+        )
 
     typical = float(np.median(gaps))
     tolerance = min(_EVEN, _EVEN_SHARE * typical)

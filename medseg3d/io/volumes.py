@@ -196,7 +196,9 @@ def _in_memory(array: np.ndarray, affine: Any, name: str) -> Volume:
 
 def _from_metatensor(image: Any) -> Volume:
     array, affine = image.detach().cpu().numpy(), np.asarray(image.affine.detach().cpu(), dtype=np.float64)
-    if array.ndim == 4 and array.shape[0] == 1:
+    if array.ndim == 4:
+        if array.shape[0] != 1:
+            raise ValueError(f"the MetaTensor has {array.shape[0]} channels; medseg3d takes one: select it")
         array = array[0]
     if getattr(image, "meta", {}).get("space") == "LPS":
         affine = LPS_TO_RAS @ affine

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LPS_TO_RAS = np.diag(
-    [-1.0, -1.0, 1.0, 1.0]
-)  # ITK and DICOM count to the left and the back, we to the right and the front
+# ITK and DICOM measure to the left and to the back, we to the right and to the front.
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def spatial_shape(shape: Sequence[int], name: object) -> tuple[int, int, int]:
@@ -23,7 +22,7 @@ def spatial_shape(shape: Sequence[int], name: object) -> tuple[int, int, int]:
         )
     if len(axes) < 3:
         raise ValueError(
-            f"{name} is {len(axes)}D (shape {tuple(axes)}); medseg3d takes one 3D volume: give the whole scan"
+            f"{name} is {len(axes)}D (shape {tuple(axes)}); medseg3d takes 3D volumes: give the whole scan"
         )
     return axes[0], axes[1], axes[2]
 

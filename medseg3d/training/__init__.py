@@ -2,5 +2,6 @@
 
 from medseg3d.training.checkpoint import ResumeFromLast
 from medseg3d.training.iterations import PartialLabelIteration, channels_last
+from medseg3d.training.surface import HausdorffInMm
 
-__all__ = ["PartialLabelIteration", "ResumeFromLast", "channels_last"]
+__all__ = ["HausdorffInMm", "PartialLabelIteration", "ResumeFromLast", "channels_last"]

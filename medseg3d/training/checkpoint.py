@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.handlers import CheckpointSaver
+from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +22,22 @@ class ResumeFromLast:
 
     MONAI's ``CheckpointLoader`` and ``CheckpointSaver`` cannot hold the trainer itself in a bundle's config, because
     the trainer holds them. The file is written beside its place and then renamed, so a killed run leaves the previous
-    one.
+    one. With several processes each loads it and the first one writes it; parameters keep the names that they have
+    without ``DistributedDataParallel``, so a run may go on with another number of processes.
 
     Args:
         path: the checkpoint file; a run starts afresh where it does not exist.
         save_dict: name -> object with ``state_dict`` and ``load_state_dict``.
+        best_saver: the handler that keeps the best checkpoint of the validation; it will remember the best score, so
+            that a worse network of a resumed run does not replace a better one.
     """
 
-    def __init__(self, path: str | Path, save_dict: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, save_dict: Mapping[str, Any], best_saver: CheckpointSaver | None = None
+    ) -> None:
         self.path = Path(path)
         self.save_dict = dict(save_dict)
+        self.best_saver = best_saver
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -45,15 +54,25 @@ class ResumeFromLast:
             return
         checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, target in self.save_dict.items():
-            target.load_state_dict(checkpoint[name])
+            _unwrapped(target).load_state_dict(checkpoint[name])
+        if self.best_saver is not None and "best" in checkpoint:
+            self.best_saver.load_state_dict(checkpoint["best"])
         engine.state.epoch = checkpoint["epoch"]
         engine.state.iteration = checkpoint["iteration"]
         logger.info("resumed from %s after epoch %d", self.path, engine.state.epoch)
 
     def save(self, engine: Engine) -> None:
+        if idist.get_rank() > 0:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = {name: source.state_dict() for name, source in self.save_dict.items()}
+        checkpoint = {name: _unwrapped(source).state_dict() for name, source in self.save_dict.items()}
         checkpoint |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        if self.best_saver is not None and self.best_saver._key_metric_checkpoint is not None:
+            checkpoint["best"] = self.best_saver._key_metric_checkpoint.state_dict()
         temporary = self.path.with_suffix(".tmp")
         torch.save(checkpoint, temporary)
         os.replace(temporary, self.path)
+
+
+def _unwrapped(item: Any) -> Any:
+    return item.module if isinstance(item, DistributedDataParallel) else item

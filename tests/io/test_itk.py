@@ -48,11 +48,15 @@ def test_label_maps_are_read_by_simpleitk_and_by_us(tmp_path, segmentation, suff
     assert again.header["format"] == suffix.removeprefix("seg.")
 
 
-def test_a_strongly_sheared_grid_survives(tmp_path):
+def test_a_sheared_grid_is_read_by_simpleitk_from_these_formats_but_not_from_nifti(tmp_path):
     affine = np.array([[1, 0, 0, 5], [0, 0.9, 0, 6], [0, -0.3, 4, 7], [0, 0, 0, 1]])
+    sheared = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine)
     for suffix in ("nrrd", "mha"):
-        path = write_volume(Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine), tmp_path / f"a.{suffix}")
+        path = write_volume(sheared, tmp_path / f"a.{suffix}")
         np.testing.assert_allclose(read_volume(path).affine, affine, atol=1e-9)
+        np.testing.assert_allclose(world(sitk.ReadImage(str(path)), (2, 3, 4)), sheared.geometry.world((2, 3, 4)))
+    with pytest.raises(RuntimeError, match="orthonormal"):
+        sitk.ReadImage(str(write_volume(sheared, tmp_path / "a.nii.gz")))
 
 
 def test_nrrd_carries_names_and_colours_as_slicer_does(tmp_path, segmentation):

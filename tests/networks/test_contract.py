@@ -19,7 +19,7 @@ CONFIGURATIONS = {
         (8, 8, 12),
     ),
     ("vnet", 2): ({}, (32, 16), (33, 16), (48, 16)),
-    ("vnet", 3): ({"act": "prelu"}, (16, 32, 16), (16, 16, 7), (16, 16, 16)),
+    ("vnet", 3): ({"act": "prelu"}, (16, 16, 16), (16, 32, 7), (16, 32, 16)),
 }
 CLASSES = 3
 
@@ -74,8 +74,8 @@ def test_another_number_of_axes_is_refused(subject):
 
 
 def test_a_gradient_reaches_every_parameter(subject):
-    x = subject.x.clone().requires_grad_()
-    cotangent = torch.randn(subject.y.shape, generator=torch.Generator().manual_seed(1))
+    x = subject.x[:1].clone().requires_grad_()
+    cotangent = torch.randn(subject.y[:1].shape, generator=torch.Generator().manual_seed(1))
     (subject.network(x) * cotangent).sum().backward()
     gradients = {name: parameter.grad for name, parameter in subject.network.named_parameters()}
     subject.network.zero_grad(set_to_none=True)

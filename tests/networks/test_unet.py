@@ -57,9 +57,12 @@ def test_cicek_figure_2():
 
 
 def test_cicek_network_with_padding():
+    """Against the paper's: one channel in, two out, and batch norm's scale and shift counted."""
     network = on_meta(cicek_unet, in_channels=1, out_channels=2)
-    assert parameters(network) == 19_073_730
+    widths = (32, 64, 64, 128, 128, 256, 256, 512, 256, 256, 128, 128, 64, 64)
+    assert parameters(network) == 19_069_955 - 27 * 2 * 32 - (64 + 1) + 2 * sum(widths) == 19_072_834
     assert output_shape(network, 1, 1, 128, 128, 64) == (1, 2, 128, 128, 64)
+    assert parameters(on_meta(cicek_unet, 1, 2, upconv_bias=True)) == 19_073_730
 
 
 def test_overrides_reach_the_network():

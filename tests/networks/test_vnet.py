@@ -25,7 +25,7 @@ def dropouts(network):
     [
         ({}, 45_593_892, 150),
         ({"out_channels": 2}, 45_597_898, 150),
-        ({"in_channels": 2, "out_channels": 3}, 45_607_916, 150),
+        ({"in_channels": 2, "out_channels": 3}, 45_603_906, 150),
         ({"out_channels": 2, "act": "prelu", "bias": True}, 45_603_070, 196),
         ({"spatial_dims": 2, "out_channels": 3}, 9_359_538, 150),
     ],

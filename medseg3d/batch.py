@@ -7,10 +7,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
 from medseg3d.io import Case, Inputs, find_inputs
 from medseg3d.io.formats import WRITABLE, split_name
@@ -107,14 +109,21 @@ class OutputPlan:
         """Make the folder, and refuse what cannot end well before any time is spent.
 
         Raises:
-            ValueError: several cases for one file, or an output that is an input.
+            ValueError: several cases for one file, a format that is not written, or an output that is an input.
             OSError: the folder cannot be made or written to.
         """
         if self.is_file and len(inputs.cases) > 1:
             raise ValueError(f"{len(inputs.cases)} scans cannot be written to one file, {self.target}: name a folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        suffix = split_name(self.target)[1]
+        if suffix and not self.is_file and not self.target.is_dir():
+            raise ValueError(f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(WRITABLE)}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0).lower()
+            raise OSError(error.errno, f"cannot make the output folder {self.folder} ({reason}): name another") from error
         if not os.access(self.folder, os.W_OK):
-            raise PermissionError(13, "no permission to write into the output folder", str(self.folder))
+            raise PermissionError(13, f"no permission to write into the output folder {self.folder}: name another")
         taken = {case.path.resolve() for case in inputs.cases}
         for case in inputs.cases:
             if self.files(case)["segmentation"].resolve() in taken:
@@ -196,19 +205,38 @@ def _segment(
     try:
         result = segmenter.predict(case.path, allow_non_hu=allow_non_hu, progress=tell)
         tell("write")
-        if "statistics" in files:
-            figures = result.statistics()
-            write_statistics_json(files["statistics"], figures)
-            if "statistics_csv" in files:
-                write_statistics_csv(files["statistics_csv"], {case.name: figures})
-        if "preview" in files:
-            result.preview(files["preview"], title=case.name)
-        # Last of all, so that a segmentation on disk means that its case is complete.
-        result.save(files["segmentation"])
+        _write(result, case, files)
         return CaseResult(case, result, files)
     except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
         logger.debug("%s failed", case.path, exc_info=True)
-        return CaseResult(case, error=_in_words(error), out_of_memory=_is_out_of_memory(error))
+        return _failed(case, error)
+
+
+def _write(result: Segmentation, case: Case, files: dict[str, Path]) -> None:
+    """All files of a case; if one of them fails, those before it are removed."""
+    done: list[Path] = []
+    try:
+        if "statistics" in files:
+            figures = result.statistics()
+            done.append(write_statistics_json(files["statistics"], figures))
+            if "statistics_csv" in files:
+                done.append(write_statistics_csv(files["statistics_csv"], {case.name: figures}))
+        if "preview" in files:
+            done.append(result.preview(files["preview"], title=case.name))
+        # Last of all, so that a segmentation on disk means that its case is complete.
+        result.save(files["segmentation"])
+    except BaseException:  # Ctrl-C too
+        for path in done:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _failed(case: Case, error: Exception) -> CaseResult:
+    out_of_memory = is_out_of_memory(error)
+    reason = in_words(error)
+    if out_of_memory:
+        reason = f"out of memory ({reason}): crop the scan, or use a machine with more"
+    return CaseResult(case, error=reason, out_of_memory=out_of_memory)
 
 
 class _Ledger:
@@ -220,7 +248,8 @@ class _Ledger:
         self.settings = {"model": segmenter.record.get("bundle_sha256"), **options}
         self.entries: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
-            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+            with suppress(ValueError):  # a damaged ledger only costs the time to do its cases again
+                self.entries = dict(json.loads(self.path.read_text(encoding="utf-8")))
 
     def finished(self, case: Case, files: dict[str, Path]) -> bool:
         return all(path.is_file() for path in files.values()) and self.entries.get(case.name) == self._key(case)
@@ -241,20 +270,3 @@ def _input_sha256(path: Path) -> str:
     for file in sorted(file for file in path.iterdir() if file.is_file()):
         digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
-
-
-def _in_words(error: Exception) -> str:
-    if _is_out_of_memory(error):
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"out of memory ({detail}): crop the scan, or use a machine with more"
-    if isinstance(error, ValueError | OSError | ImportError):
-        return " ".join(str(error).split())
-    cause = error
-    while cause.__cause__ is not None:  # MONAI wraps the error of a transform in others
-        cause = cause.__cause__  # type: ignore[assignment]
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"

@@ -14,6 +14,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged
 
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle
 from medseg3d.compatibility import adapt_network
+from medseg3d.errors import in_words
 from medseg3d.inference.device import resolve_device
 from medseg3d.io import LabelTable
 from medseg3d.report.run import model_record
@@ -79,7 +80,10 @@ def _parser(bundle: BundleInfo, device: torch.device) -> ConfigParser:
     if config is None:
         raise ValueError(f"{bundle.path} has no configs/inference.json or inference.yaml, which says how to run it")
     parser = ConfigParser()
-    parser.read_config(str(config))
+    try:
+        parser.read_config(str(config))
+    except Exception as error:  # of the JSON or YAML reader
+        raise ValueError(f"{config} cannot be read: {in_words(error)}") from error
     parser.read_meta(bundle.metadata)
     parser["bundle_root"] = str(bundle.path)
     parser["device"] = device
@@ -103,16 +107,10 @@ def _resolved(parser: ConfigParser, bundle: BundleInfo, *names: str) -> Any:
                 return parser.get_parsed_content(name)
             except Exception as error:
                 raise ValueError(
-                    f"{bundle.name}: {name!r} of inference.json cannot be built: {_root(error)}"
+                    f"{bundle.name}: {name!r} of its inference config cannot be built: {in_words(error)}"
                 ) from error
-    raise ValueError(f"{bundle.name}: inference.json defines no {' or '.join(map(repr, names))}, which medseg3d needs")
-
-
-def _root(error: BaseException) -> str:
-    """What went wrong at the bottom of MONAI's nested errors, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    wanted = " or ".join(map(repr, names))
+    raise ValueError(f"{bundle.name}: its inference config defines no {wanted}, which medseg3d needs")
 
 
 def _load_weights(network: torch.nn.Module, bundle: BundleInfo) -> Path:
@@ -120,7 +118,15 @@ def _load_weights(network: torch.nn.Module, bundle: BundleInfo) -> Path:
     path = bundle.path / "models" / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"the weights of {bundle.name} are missing: there is no {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile and torch each raise their own
+        raise ValueError(
+            f"{path} cannot be read: the weights must be a dictionary of plain tensors, whole, and not a Git LFS pointer "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} must hold a dictionary of tensors (a state_dict), got a {type(state).__name__}")
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
@@ -168,9 +174,16 @@ def _keep(transform: Any, wanted: Callable[[Any], bool]) -> Compose:
 
 @contextmanager
 def _importable(root: Path) -> Iterator[None]:
-    """A bundle's own ``scripts`` can be imported while it is built, as ``python -m monai.bundle run`` allows."""
+    """A bundle's own ``scripts`` can be imported while it is built, as ``python -m monai.bundle run`` allows.
+
+    Afterwards they are forgotten, since the next bundle has other modules of the same names.
+    """
+    known, own = set(sys.modules), {path.stem for path in root.iterdir()}
     sys.path.insert(0, str(root))
     try:
         yield
     finally:
         sys.path.remove(str(root))
+        for name in set(sys.modules) - known:
+            if name.split(".")[0] in own:
+                del sys.modules[name]

@@ -35,9 +35,12 @@ class BundleInfo:
         if not path.is_file():
             raise ValueError(f"{self.path} is not a MONAI Bundle: it has no configs/metadata.json")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            metadata = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error})") from error
+            raise ValueError(f"{path} is not valid JSON ({error}): copy the bundle again") from error
+        if not isinstance(metadata, dict):
+            raise ValueError(f"{path} must hold a JSON object, got a {type(metadata).__name__}: copy the bundle again")
+        return metadata
 
     @property
     def version(self) -> str:
@@ -49,13 +52,19 @@ class BundleInfo:
         try:
             channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
             return {int(number): str(name) for number, name in channels.items() if int(number) != 0}
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{self.name}: metadata.json names no labels under outputs.pred.channel_def") from error
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.name}: metadata.json names no labels; it must do so under network_data_format.outputs.pred."
+                'channel_def, as {"0": "background", "1": "spleen"}'
+            ) from error
 
     @property
     def input_format(self) -> dict[str, Any]:
         """How the metadata describes the network's input ("modality", "format", "num_channels", ...)."""
-        return self.metadata.get("network_data_format", {}).get("inputs", {}).get("image", {})
+        try:
+            return dict(self.metadata["network_data_format"]["inputs"]["image"])
+        except (KeyError, ValueError, TypeError):
+            return {}
 
 
 def shipped_bundles() -> list[BundleInfo]:
@@ -68,7 +77,7 @@ def find_bundle(name_or_path: str | Path) -> BundleInfo:
     """A shipped bundle by its name, or any bundle by its folder or zip file.
 
     Raises:
-        ValueError: there is none; the message lists the names that ship.
+        ValueError: there is none (the message lists the names that ship), or that folder or zip holds no bundle.
     """
     shipped = shipped_bundles()
     for bundle in shipped:
@@ -79,7 +88,9 @@ def find_bundle(name_or_path: str | Path) -> BundleInfo:
         path = _extracted(path)
     if path.is_dir():
         known = {bundle.path.resolve() for bundle in shipped}
-        return BundleInfo(path, shipped=path.resolve() in known)
+        bundle = BundleInfo(path, shipped=path.resolve() in known)
+        _ = bundle.metadata  # before anybody is asked to trust it
+        return bundle
     names = ", ".join(bundle.name for bundle in shipped)
     raise ValueError(
         f"unknown model {str(name_or_path)!r}: it is neither a shipped model ({names}) nor a bundle's folder or zip"
@@ -88,10 +99,14 @@ def find_bundle(name_or_path: str | Path) -> BundleInfo:
 
 def _extracted(archive: Path) -> Path:
     """The bundle in a zip, unpacked until this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="medseg3d-bundle-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with zipfile.ZipFile(archive) as content:
-        content.extractall(folder)
+    scratch = Path(tempfile.mkdtemp(prefix="medseg3d-bundle-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    folder = scratch / archive.stem  # the bundle's name if it lies at the root of the zip
+    try:
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(folder)
+    except (zipfile.BadZipFile, RuntimeError) as error:  # damaged, or locked with a password
+        raise ValueError(f"{archive} cannot be unpacked ({error}): copy it again") from error
     roots = sorted(path.parent.parent for path in folder.rglob("configs/metadata.json"))
     if not roots:
         raise ValueError(f"{archive} holds no MONAI Bundle: there is no configs/metadata.json in it")

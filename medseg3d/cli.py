@@ -6,6 +6,8 @@ Results go to stdout, logs and progress to stderr. Imports of torch and MONAI wa
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -17,6 +19,7 @@ from typing import Any
 
 from medseg3d import __version__
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle, shipped_bundles
+from medseg3d.errors import in_words, is_out_of_memory
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
@@ -64,7 +67,8 @@ def predict(args: argparse.Namespace) -> int:
             status.clear()
             outcomes.append(outcome)
             if outcome.error is not None:
-                _say(f"error: {outcome.case.path}: {outcome.error}")
+                place = str(outcome.case.path)
+                _say("error: " + (outcome.error if place in outcome.error else f"{place}: {outcome.error}"))
                 continue
             for warning in outcome.result.warnings if outcome.result else ():
                 _say(f"warning: {outcome.case.name}: {warning}")
@@ -80,12 +84,15 @@ def predict(args: argparse.Namespace) -> int:
         return OVER_MEMORY if failed[0].out_of_memory else ERROR
     if failed:
         _say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / 'failures.csv'}")
-    return SOME_FAILED if failed else DONE
+    unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
+    return SOME_FAILED if failed or unreadable else DONE
 
 
 def models(args: argparse.Namespace) -> int:
     """List the models, or tell about one."""
     if args.action == "list":
+        if args.name is not None:
+            raise UsageError(f"models list takes no name: medseg3d models info {args.name}")
         rows = [
             {"name": b.name, "version": b.version, "labels": len(b.labels), "task": b.metadata.get("task", "")}
             for b in shipped_bundles()
@@ -125,8 +132,8 @@ def evaluate(args: argparse.Namespace) -> int:
     elif args.model:
         labels = find_bundle(args.model).labels
     else:
-        first = next(iter(sorted(_label_maps(args.predictions))), None)
-        table = read_label_table(first) if first else None
+        tables = map(read_label_table, _label_maps(args.predictions))
+        table = next((table for table in tables if table is not None), None)
         if table is None:
             raise UsageError("the predictions carry no label names: name them with --labels names.json or -m MODEL")
         labels = table.names
@@ -146,13 +153,14 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a bundle's network with its own train.json."""
-    from medseg3d.training.run import train_bundle
-
     bundle = find_bundle(args.model)
     trust = args.trust or _asked_to_trust(bundle)
     if not bundle.shipped and not trust:
         raise UsageError(f"the bundle {bundle.path} runs as code on this machine; say --trust if you trust its source")
-    best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, args.epochs, not args.quiet)
+    with contextlib.redirect_stdout(sys.stderr):  # MONAI's log
+        from medseg3d.training.run import train_bundle
+
+        best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, args.epochs, not args.quiet)
     print(best)
     return DONE
 
@@ -175,20 +183,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
     _set_up_messages(args.verbose)
     try:
-        return args.function(args)
+        code = args.function(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _say("interrupted; nothing half-written was left")
         return INTERRUPTED
     except UsageError as error:
         _say(f"error: {error}")
         return USAGE
-    except BrokenPipeError:
+    except BrokenPipeError:  # such as `| head`; Python would flush and complain again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if args.verbose:
             raise
-        _say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
-        return ERROR
+        _say(f"error: {in_words(error)}")
+        return OVER_MEMORY if is_out_of_memory(error) else ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -336,8 +347,13 @@ def _set_up_messages(verbose: bool) -> None:
 
 
 def _label_maps(path: str) -> list[Path]:
+    from medseg3d.io.formats import WRITABLE, split_name
+
     target = Path(path)
-    return [file for file in target.iterdir() if file.is_file()] if target.is_dir() else [target]
+    if not target.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(target))
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    return [file for file in files if split_name(file)[1] in WRITABLE]
 
 
 def _write_report(

@@ -5,6 +5,7 @@ Every change is reported in words. Source: MONAI's release notes and issues 7093
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,11 +42,12 @@ def adapt_network(config: Mapping[str, Any], monai_version: str) -> tuple[dict[s
         if old in adapted:
             adapted[new] = adapted.pop(old)
             notes.append(f"{name}: the argument {old} is now called {new}")
-    if name == "SwinUNETR" and "downsample" not in adapted and _release(monai_version) < (1, 5):
+    old_merging = adapted.get("downsample", "merging") == "merging" and _release(monai_version) < (1, 5)
+    if name == "SwinUNETR" and old_merging:
         adapted["downsample"] = legacy_merging()
         notes.append(
-            f"SwinUNETR: its weights are of MONAI {monai_version}, whose patch merging took the neighbours in another "
-            "order than MONAI 1.5 and later; that order is used"
+            f"SwinUNETR: its weights are of MONAI {monai_version or '(version unknown)'}, whose patch merging took the "
+            "neighbours in another order than MONAI 1.5 and later; that order is used"
         )
     return adapted, notes
 
@@ -68,8 +70,5 @@ def legacy_merging() -> type:
 
 def _release(version: str) -> tuple[int, int]:
     """Major and minor number, as numbers: "1.10.0" is later than "1.6.1". (0, 0) if it cannot be read."""
-    parts = version.split(".")
-    try:
-        return int(parts[0]), int(parts[1])
-    except (ValueError, IndexError):
-        return 0, 0
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)

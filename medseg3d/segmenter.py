@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from medseg3d.data.checks import check_ct
+from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.inference.device import device_name
 from medseg3d.io import LabelTable, as_volume, write_label_map
 from medseg3d.report.preview import preview, write_preview
@@ -139,6 +139,8 @@ class Segmenter:
             warnings = [*volume.header.get("notes", ())]
             if self.expects_hu:
                 warnings += check_ct(volume, allow_non_hu)
+            else:
+                check_voxels(volume)
         with stage("preprocess"):
             data = self.preprocessing({"image": _meta_tensor(volume)})
         with stage("network"), torch.inference_mode():
@@ -146,6 +148,8 @@ class Segmenter:
             data["pred"] = self.inferer(image_BCDHW, self.network)[0].cpu()
         with stage("postprocess"):
             labels = self._label_map(self.postprocessing(data)["pred"], volume)
+        if not labels.any():
+            warnings.append(f"nothing was found: does the scan show the part of the body that {self.name} is made for?")
         return Segmentation(
             volume.with_array(labels), volume, self.table, self.name, tuple(warnings), dict(stopwatch.seconds)
         )

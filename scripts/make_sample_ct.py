@@ -41,7 +41,8 @@ BODY = 8  # our own label: the patient outside the seven organs
 BRAINSTEM, LARYNX = 1, 6
 LANDMARKS = (1, 3, 4, 6, 7)  # organs that are always contoured whole, unlike spinal cord and oesophagus
 BELOW_LARYNX = 100.0  # mm of chest that a case must show
-WIDEST = 500.0  # mm: the scanner cuts wider shoulders off
+WIDEST = 580.0  # mm: the scanner cuts wider shoulders off
+SLIVER = 50.0  # cm2: a slice with less of the patient shows only a piece of it
 AROUND = 100.0  # mm of air put around a case, left, right, front and back
 
 TISSUE = (-300.0, 300.0)  # HU that steer the registration
@@ -115,6 +116,7 @@ def read_case(item: dict[str, Any]) -> Case:
     body = np.stack([ndimage.binary_fill_holes(part) for part in sitk.GetArrayViewFromImage(ct) > AIR])
     marked[body & (marked == 0)] = BODY
     labels = image_like(labels, marked)
+    body &= body.sum((1, 2), keepdims=True) * np.prod(ct.GetSpacing()[:2]) >= SLIVER * 100
     extent = ndimage.find_objects(body.astype(np.int8))[0][::-1]
     start, size = [s.start for s in extent], [s.stop - s.start for s in extent]
     air = [round(AROUND / ct.GetSpacing()[0]), round(AROUND / ct.GetSpacing()[1]), 0]

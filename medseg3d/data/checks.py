@@ -15,14 +15,11 @@ _CLIPPED = 0.005  # share of voxels at the maximum that noise and metal never re
 _SPACING = (0.1, 20.0)  # mm
 
 
-def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
-    """Refuse what cannot be segmented; return what a user should be told, one sentence each.
-
-    `allow_non_hu` turns the refusal of intensities that are not Hounsfield units into a sentence.
+def check_voxels(volume: Volume) -> None:
+    """Refuse what cannot be segmented, of whatever modality.
 
     Raises:
-        ValueError: NaN or infinite voxels, one intensity everywhere, an axis of fewer than 4 voxels, or intensities
-            that cannot be Hounsfield units (nothing below 0, or all within a span of 100).
+        ValueError: NaN or infinite voxels, one intensity everywhere, or an axis of fewer than 4 voxels.
     """
     array = volume.array
     if min(volume.shape) < _FEWEST:
@@ -38,6 +35,19 @@ def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
     low, high = float(array.min()), float(array.max())
     if low == high:
         raise ValueError(f"every voxel is {low:g}: there is nothing to segment; export the scan again")
+
+
+def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
+    """Refuse what cannot be segmented as CT; return what a user should be told, one sentence each.
+
+    `allow_non_hu` turns the refusal of intensities that are not Hounsfield units into a sentence.
+
+    Raises:
+        ValueError: where `check_voxels` does, or on intensities that cannot be Hounsfield units (nothing below 0, or all
+            within a span of 100).
+    """
+    check_voxels(volume)
+    low, high = float(volume.array.min()), float(volume.array.max())
     told = []
     reason = _not_hounsfield(low, high)
     if reason and not allow_non_hu:

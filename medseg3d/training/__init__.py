@@ -1,7 +1,29 @@
-"""Iteration functions and defaults for MONAI's engines."""
+"""Iteration functions and defaults for MONAI's engines.
 
-from medseg3d.training.checkpoint import ResumeFromLast
-from medseg3d.training.iterations import PartialLabelIteration, channels_last
-from medseg3d.training.surface import HausdorffInMm
+The names below are imported when first used: a bundle's inference needs ``channels_last``, but not the ``train`` extra.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medseg3d.training.checkpoint import ResumeFromLast
+    from medseg3d.training.iterations import PartialLabelIteration, channels_last
+    from medseg3d.training.surface import HausdorffInMm
+
+_MODULE_OF = {
+    "HausdorffInMm": "surface",
+    "PartialLabelIteration": "iterations",
+    "ResumeFromLast": "checkpoint",
+    "channels_last": "iterations",
+}
 
 __all__ = ["HausdorffInMm", "PartialLabelIteration", "ResumeFromLast", "channels_last"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ def train_bundle(
 
     Raises:
         FileNotFoundError: the bundle has no train.json, or the dataset folder lacks a file that the manifest names.
+        ModuleNotFoundError: the ``train`` extra is not installed; the message names the command.
     """
+    missing = [name for name in ("ignite", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"training needs {' and '.join(missing)}: pip install medseg3d[train]")
     config = bundle / "configs" / "train.json"
     if not config.is_file():
         raise FileNotFoundError(f"{bundle} has no configs/train.json, so medseg3d cannot train it")

@@ -99,6 +99,8 @@ class TestLabelsByInterpolation:
         chain = ModelGrid("LSA", (2.5, 1.1, 2.2), crop_above=-300).frame(smooth(grid.shape), grid.affine)
         yield chain
         yield chain.inverse()
+        turned = grid.resample(spacing=2.6).target.reorient("SAR")
+        yield Chain([grid.resample(spacing=2.6), turned, turned.target.resample(spacing=1.9)])
 
     def test_equal_to_the_argmax_of_the_interpolated_one_hot(self):
         for frame in self.frames():
@@ -229,45 +231,47 @@ class TestToModelGrid:
             applied_frame(self.data()["image"])
 
 
+SCAN_SHAPE = (16, 20, 14)
+
+
+def segment(image, affine):
+    """Preprocess, a "network" that tells three ranges of HU apart, and back: the label map and its affine."""
+    to_grid = ToModelGridd("image", (), "RAS", (2.2, 2.2, 2.2), crop_above=-500, crop_margin=4)
+    data = to_grid({"image": tensor(image, affine)})
+    x = data["image"].as_tensor()[0] / 100
+    data["pred"] = torch.stack([torch.zeros_like(x), 1 - (x + 2).abs(), x - 1.5])
+    labels = LabelsOnInputGridd("pred", "image")(data)["pred"]
+    return labels[0].numpy(), labels.affine.numpy()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    labels, _ = segment(smooth(SCAN_SHAPE), oblique())
+    assert np.bincount(labels.ravel()).min() > 100  # three classes, each of some size
+    return labels
+
+
 class TestLabelsOnInputGrid:
-    shape = (16, 20, 14)
-
-    def segment(self, image, affine):
-        """Preprocess, a "network" that thresholds, and back: the label map and its affine."""
-        data = ToModelGridd("image", (), "RAS", (2.2, 2.2, 2.2), crop_above=-500, crop_margin=4)(
-            {"image": tensor(image, affine)}
-        )
-        x = data["image"].as_tensor()[0] / 100
-        data["pred"] = torch.stack([torch.zeros_like(x), 1 - (x + 2).abs(), x - 1.5])
-        labels = LabelsOnInputGridd("pred", "image")(data)["pred"]
-        return labels[0].numpy(), labels.affine.numpy()
-
-    @pytest.fixture(scope="class")
-    def expected(self):
-        labels, _ = self.segment(smooth(self.shape), oblique())
-        assert np.bincount(labels.ravel()).min() > 50  # three classes, each of some size
-        return labels
-
     def test_there_are_48_orientations(self):
         assert len(set(ORIENTATIONS)) == 48
 
     @pytest.mark.parametrize("codes", ORIENTATIONS)
     def test_the_same_segmentation_in_space_from_every_orientation(self, codes, expected):
-        reorient = Geometry(self.shape, oblique()).reorient(codes)
-        labels, affine = self.segment(reorient.image(smooth(self.shape)), reorient.target.affine)
+        reorient = Geometry(SCAN_SHAPE, oblique()).reorient(codes)
+        labels, affine = segment(reorient.image(smooth(SCAN_SHAPE)), reorient.target.affine)
         np.testing.assert_array_equal(affine, reorient.target.affine)
         assert labels.shape == reorient.target.shape and labels.dtype == np.uint8
         same = reorient.inverse().label_map(labels) == expected
         assert same.mean() > 0.999  # the order of sums may turn a tie
 
     def test_many_predictions_of_one_image(self):
-        data = ToModelGridd("image", spacing=(3, 3, 3))({"image": tensor(smooth(self.shape), oblique())})
+        data = ToModelGridd("image", spacing=(3, 3, 3))({"image": tensor(smooth(SCAN_SHAPE), oblique())})
         size = data["image"].shape[1:]
         data["a"] = torch.stack([torch.zeros(size), torch.ones(size)])
         data["b"] = torch.stack([torch.ones(size), torch.zeros(size)]).to(torch.bfloat16)
         back = LabelsOnInputGridd(("a", "b"), "image")(data)
         assert (back["a"] == 1).all() and (back["b"] == 0).all()
-        assert back["a"].shape == back["b"].shape == (1, *self.shape)
+        assert back["a"].shape == back["b"].shape == (1, *SCAN_SHAPE)
 
 
 class TestMirror:

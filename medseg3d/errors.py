@@ -1,0 +1,39 @@
+"""What went wrong, in one line for a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_FOR_USERS = (ValueError, OSError, ImportError)  # their messages are written for the one who typed the command
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")
+
+
+def in_words(error: BaseException) -> str:
+    """The message that tells most: of the outermost error made for users, else of what lies at the bottom.
+
+    MONAI wraps what a transform raises in errors that only say which transform it was.
+    """
+    chain = list(_chain(error))
+    told = next((cause for cause in chain if isinstance(cause, _FOR_USERS)), chain[-1])
+    if isinstance(told, OSError) and told.strerror:
+        text = told.strerror if told.filename is None else f"{told.strerror}: {told.filename}"
+    else:
+        text = str(told)
+    text = " ".join(text.split())
+    if isinstance(told, _FOR_USERS) and text:
+        return text
+    return f"{type(told).__name__}: {text}" if text else type(told).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or on an accelerator; PyTorch has no type of its own for the CPU."""
+    return any(
+        isinstance(cause, MemoryError) or any(words in str(cause).lower() for words in _OUT_OF_MEMORY)
+        for cause in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,144 @@
+"""What holds for every bundle that ships: its files, its weights, its metadata, and MONAI's names for its parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+
+from medseg3d.catalogue import shipped_bundles
+from medseg3d.data.manifest import load_manifest
+from medseg3d.resources import resource_folder
+
+SCHEMA = resource_folder("bundles") / "metadata_schema.json"
+FILES = (
+    *("LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt", "configs/logging.conf"),
+    *(f"configs/{name}.json" for name in ("metadata", "inference", "train", "evaluate", "multi_gpu_train")),
+)
+HEADINGS = (
+    *("Model Overview", "Data", "Training configuration", "Performance", "MONAI Bundle Commands", "References"),
+    "License",
+)
+# What MONAI Label and the MONAI Deploy App SDK look up in inference.json.
+CONSUMED = ("bundle_root", "device", "network_def", "preprocessing", "postprocessing", "inferer", "dataset_dir")
+
+
+@pytest.fixture(params=shipped_bundles(), ids=lambda bundle: bundle.name)
+def bundle(request):
+    return request.param
+
+
+def config(bundle, name):
+    return json.loads((bundle.path / "configs" / f"{name}.json").read_text())
+
+
+def test_every_folder_is_a_bundle():
+    folders = {path.name for path in resource_folder("bundles").iterdir() if path.is_dir()}
+    assert folders == {bundle.name for bundle in shipped_bundles()} and folders
+
+
+def test_files(bundle):
+    assert [name for name in FILES if not (bundle.path / name).is_file()] == []
+    assert re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", bundle.name)
+    assert "Apache License" in (bundle.path / "LICENSE").read_text()
+
+
+def test_model_card(bundle):
+    text = (bundle.path / "docs" / "README.md").read_text()
+    found = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [heading for heading in found if heading in HEADINGS] == list(HEADINGS)
+    assert "not for clinical" in text.lower()
+    assert [name for name in bundle.labels.values() if name not in text] == []
+
+
+def test_weights_are_plain_tensors(bundle):
+    path = bundle.path / "models" / "model.pt"
+    state = torch.load(path, weights_only=True)
+    assert type(state) is dict or type(state).__name__ == "OrderedDict"
+    assert all(isinstance(key, str) and type(value) is torch.Tensor for key, value in state.items())
+    assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+    assert not any(key.startswith("module.") for key in state)
+    assert path.stat().st_size < 25_000_000
+
+
+def test_metadata_follows_the_schema_without_a_network(bundle, tmp_path, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    schema = shutil.copy(SCHEMA, tmp_path / "schema.json")
+    verify_metadata(meta_file=str(bundle.path / "configs" / "metadata.json"), filepath=schema)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda metadata: metadata.pop("required_packages_version"),
+        lambda metadata: metadata.update(version=1),
+        lambda metadata: metadata.update(supported_apps=["medseg3d"]),
+        lambda metadata: metadata["network_data_format"]["inputs"]["image"].pop("dtype"),
+        lambda metadata: metadata["network_data_format"]["outputs"]["pred"].update(num_channels="8"),
+        lambda metadata: metadata["network_data_format"]["outputs"].pop("pred"),
+    ],
+)
+def test_damaged_metadata_is_refused(bundle, damage, tmp_path):
+    metadata = config(bundle, "metadata")
+    damage(metadata)
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="Failed validating"):
+        verify_metadata(meta_file=str(tmp_path / "metadata.json"), filepath=str(SCHEMA))
+
+
+def test_version_and_labels(bundle):
+    metadata = config(bundle, "metadata")
+    assert metadata["version"] in metadata["changelog"]
+    data_format = metadata["network_data_format"]
+    pred = data_format["outputs"]["pred"]
+    assert list(pred["channel_def"]) == [str(number) for number in range(pred["num_channels"])]
+    assert pred["channel_def"]["0"] == "background"
+    assert data_format["post_processed_outputs"]["pred"]["value_range"] == [0, pred["num_channels"] - 1]
+    assert load_manifest(config(bundle, "train")["manifest"])["labels"] == pred["channel_def"]
+    listed = ", ".join(f"{number} {name}" for number, name in pred["channel_def"].items())
+    assert metadata["label_classes"] == listed
+
+
+def test_network_in_and_out_fit_the_metadata(bundle):
+    configs = bundle.path / "configs"
+    verify_net_in_out(
+        net_id="network_def", meta_file=str(configs / "metadata.json"), config_file=str(configs / "inference.json")
+    )
+
+
+def test_ids_that_other_programs_look_up(bundle):
+    assert [name for name in CONSUMED if name not in config(bundle, "inference")] == []
+    parser = ConfigParser()
+    parser.read_config(str(bundle.path / "configs" / "train.json"))
+    wanted = ("train::trainer::max_epochs", "train::dataset::data", "train::handlers", "validate::dataset::data")
+    assert [name for name in wanted if name not in parser] == []
+
+
+@pytest.mark.parametrize("kind", ["train", "inference"])
+def test_bundle_workflow_properties(bundle, kind, phantoms):
+    overrides = phantoms.overrides | ({"cache_rate": 0.0} if kind == "train" else {})
+    workflow = ConfigWorkflow(
+        str(bundle.path / "configs" / f"{kind}.json"),
+        workflow_type=kind,
+        logging_file=False,
+        bundle_root=str(bundle.path),
+        **overrides,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    assert workflow.version == bundle.version
+
+
+def test_weights_fit_the_network(bundle):
+    parser = ConfigParser()
+    parser.read_config(str(bundle.path / "configs" / "inference.json"))
+    network = parser.get_parsed_content("network_def")
+    network.load_state_dict(torch.load(bundle.path / "models" / "model.pt", weights_only=True))

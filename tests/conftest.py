@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,3 +27,41 @@ def shared(*parts: str) -> Path:
 @pytest.fixture(name="shared")
 def shared_fixture():
     return shared
+
+
+# The main path: tiny bundles and a made-up CT (tests/tiny_bundles.py), written and loaded once.
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """Paths of three bundles that do not ship with medseg3d: .zoo, .own, .threshold."""
+    from tests import tiny_bundles as tiny
+
+    folder = tmp_path_factory.mktemp("bundles")
+    return SimpleNamespace(
+        zoo=tiny.write_zoo_bundle(folder / "spleen_ct_segmentation"),
+        own=tiny.write_own_bundle(folder / "own_ct_unet"),
+        threshold=tiny.write_threshold_bundle(folder / "bone_ct_threshold"),
+    )
+
+
+@pytest.fixture(scope="session")
+def models(bundles):
+    """The same three, loaded on the CPU."""
+    from medseg3d import load_model
+
+    return SimpleNamespace(**{key: load_model(path, "cpu", trust=True) for key, path in vars(bundles).items()})
+
+
+@pytest.fixture(scope="session")
+def shipped_model():
+    from medseg3d import load_model
+
+    return load_model(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def ct_file(tmp_path_factory):
+    from tests.tiny_bundles import write_ct
+
+    return write_ct(tmp_path_factory.mktemp("scans") / "ct.nii.gz")

@@ -23,7 +23,8 @@ class ResumeFromLast:
     MONAI's ``CheckpointLoader`` and ``CheckpointSaver`` cannot hold the trainer itself in a bundle's config, because
     the trainer holds them. The file is written beside its place and then renamed, so a killed run leaves the previous
     one. With several processes each loads it and the first one writes it; parameters keep the names that they have
-    without ``DistributedDataParallel``, so a run may go on with another number of processes.
+    without ``DistributedDataParallel``, so a run may go on with another number of processes. It may also go on to more
+    epochs, unless it had ended and its learning rate is 0: then the handler raises ValueError.
 
     Args:
         path: the checkpoint file; a run starts afresh where it does not exist.
@@ -54,12 +55,25 @@ class ResumeFromLast:
             return
         checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, target in self.save_dict.items():
-            _unwrapped(target).load_state_dict(checkpoint[name])
+            state = checkpoint[name]
+            if hasattr(target, "total_iters"):  # a schedule of the learning rate now ends where this run shall end
+                state = {**state, "total_iters": target.total_iters}
+            _unwrapped(target).load_state_dict(state)
         if self.best_saver is not None and "best" in checkpoint:
             self.best_saver.load_state_dict(checkpoint["best"])
         engine.state.epoch = checkpoint["epoch"]
         engine.state.iteration = checkpoint["iteration"]
+        self._check_rate(engine)
         logger.info("resumed from %s after epoch %d", self.path, engine.state.epoch)
+
+    def _check_rate(self, engine: Engine) -> None:
+        rates = [group["lr"] for target in self.save_dict.values() for group in getattr(target, "param_groups", ())]
+        if rates and not any(rates) and engine.state.epoch < (engine.state.max_epochs or 0):
+            raise ValueError(
+                f"the run in {self.path} ended at epoch {engine.state.epoch}, where its learning rate had come down to "
+                "0, so it cannot go on; start a new run from its weights, in another output folder with load_pretrain "
+                "true and ckpt_path its best.pt"
+            )
 
     def save(self, engine: Engine) -> None:
         if idist.get_rank() > 0:

@@ -77,16 +77,15 @@ def phantoms(tmp_path_factory):
 
 @pytest.fixture
 def neck(tmp_path, shared):
-    """Jaw and parotids of the sample CT, or of a real one: a folder with ct/neck.nii.gz and neck_seg.nii.gz."""
+    """The slices with the jaw, of the sample CT or of a real one: a folder with ct/neck.nii.gz and neck_seg.nii.gz."""
     files = (sample_ct(), sample_labels())
     if not files[0].is_file():
         files = (shared("data", "openkbp-hn", f"test_pt265_{kind}.nii.gz") for kind in ("ct", "oar"))
     ct, labels = (nib.load(file) for file in files)
-    inside = np.argwhere(np.isin(labels.dataobj, (3, 4, 7)))
-    margin = np.ceil(15 / np.array(ct.header.get_zooms()[:3])).astype(int)
-    start = np.maximum(inside.min(0) - margin, 0)
-    box = tuple(slice(a, b) for a, b in zip(start, inside.max(0) + margin, strict=True))
+    slices = np.flatnonzero(np.isin(labels.dataobj, (3, 4, 7)).any(axis=(0, 1)))
+    margin = int(40 / ct.header.get_zooms()[2])
+    part = (slice(None), slice(None), slice(max(slices[0] - margin, 0), slices[-1] + margin))
     (tmp_path / "neck" / "ct").mkdir(parents=True)
-    nib.save(ct.slicer[box], tmp_path / "neck" / "ct" / "neck.nii.gz")
-    nib.save(labels.slicer[box], tmp_path / "neck" / "neck_seg.nii.gz")
+    nib.save(ct.slicer[part], tmp_path / "neck" / "ct" / "neck.nii.gz")
+    nib.save(labels.slicer[part], tmp_path / "neck" / "neck_seg.nii.gz")
     return tmp_path / "neck"

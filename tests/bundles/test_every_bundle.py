@@ -59,7 +59,7 @@ def test_model_card(bundle):
 def test_weights_are_plain_tensors(bundle):
     path = bundle.path / "models" / "model.pt"
     state = torch.load(path, weights_only=True)
-    assert type(state) is dict or type(state).__name__ == "OrderedDict"
+    assert isinstance(state, dict)
     assert all(isinstance(key, str) and type(value) is torch.Tensor for key, value in state.items())
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
     assert not any(key.startswith("module.") for key in state)

@@ -244,7 +244,8 @@ def test_evaluation_takes_the_split_that_it_is_told(split, patients, phantoms):
 
 
 def test_training_writes_checkpoints_and_resumes(phantoms, tmp_path):
-    run(TRAIN, output_dir=str(tmp_path), **phantoms.overrides, **TINY)
+    settings = phantoms.overrides | TINY | {"epochs": 2, "output_dir": str(tmp_path)}
+    run(TRAIN, **settings, **{"train::trainer::max_epochs": 1})  # stopped half-way
     checkpoints = tmp_path / "checkpoints"
     first = torch.load(checkpoints / "last.pt", weights_only=True)
     assert (first["epoch"], first["iteration"]) == (1, 2)
@@ -252,20 +253,23 @@ def test_training_writes_checkpoints_and_resumes(phantoms, tmp_path):
     assert best.keys() == first["model"].keys()  # weights alone: what models/model.pt holds
     assert all(torch.equal(best[key], first["model"][key]) for key in best)
 
-    run(TRAIN, output_dir=str(tmp_path), **phantoms.overrides, **TINY | {"epochs": 2})
+    run(TRAIN, **settings)
     second = torch.load(checkpoints / "last.pt", weights_only=True)
     assert (second["epoch"], second["iteration"]) == (2, 4)
-    assert second["lr_scheduler"]["last_epoch"] == 2
     assert any(not torch.equal(second["model"][key], first["model"][key]) for key in best)
+    with pytest.raises(Exception) as error:
+        run(TRAIN, **settings | {"epochs": 3})
+    assert "it cannot go on; start a new run from its weights" in chain(error.value)
 
 
 def test_medseg3d_train_goes_on_where_monai_stopped(phantoms, tmp_path, monkeypatch):
     """``medseg3d train`` is the same train.json: it takes up a run that MONAI's command began."""
-    run(TRAIN, output_dir=str(tmp_path), **phantoms.overrides, **TINY)
+    settings = phantoms.overrides | TINY | {"epochs": 2}
+    run(TRAIN, output_dir=str(tmp_path), **settings, **{"train::trainer::max_epochs": 1})
     small = ConfigWorkflow.__init__
 
     def with_tiny_settings(self, *arguments, **keywords):
-        small(self, *arguments, **{**TINY, **phantoms.overrides, **keywords})
+        small(self, *arguments, **{**settings, **keywords})
 
     monkeypatch.setattr(ConfigWorkflow, "__init__", with_tiny_settings)
     best = train_bundle(BUNDLE, phantoms.folder, tmp_path, device="cpu", epochs=2, progress=False)

@@ -1,0 +1,89 @@
+"""What a resumed run remembers beside its weights: the best score, and where the learning rate shall end."""
+
+from __future__ import annotations
+
+import ignite.distributed as idist
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import CheckpointSaver
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import PolynomialLR
+
+from medseg3d.training import ResumeFromLast
+
+
+class Training:
+    """A trainer whose validation gives the scores that it is told, one an epoch."""
+
+    def __init__(self, folder, scores, epochs):
+        self.network = nn.Linear(2, 1)
+        nn.init.constant_(self.network.bias, len(scores))
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
+        self.schedule = PolynomialLR(self.optimizer, total_iters=epochs)
+        self.validator = Engine(lambda engine, batch: None)
+        self.validator.state_dict_user_keys.append("key_metric_name")
+        self.validator.state.key_metric_name = "dice"
+        saver = CheckpointSaver(
+            str(folder), {"model": self.network}, save_key_metric=True, key_metric_filename="best.pt"
+        )
+        saver.attach(self.validator)
+        self.rates = []
+        self.trainer = Engine(lambda engine, batch: self.rates.append(self.optimizer.param_groups[0]["lr"]))
+        saved = {"model": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
+        ResumeFromLast(folder / "last.pt", saved, best_saver=saver).attach(self.trainer)
+        scores = iter(scores)
+
+        @self.trainer.on(Events.EPOCH_COMPLETED)
+        def validate():
+            self.schedule.step()
+            self.network.bias.data += 0.125
+            self.validator.state.metrics = {"dice": next(scores)}
+            saver.metrics_completed(self.validator)
+
+    def run(self, epochs):
+        self.trainer.run([0], max_epochs=epochs)
+        return self
+
+
+def best_weight(folder):
+    return torch.load(folder / "best.pt", weights_only=True)["bias"].item()
+
+
+def test_a_worse_network_of_a_resumed_run_does_not_replace_the_best(tmp_path):
+    Training(tmp_path, [0.5, 0.8], epochs=9).run(2)
+    best = best_weight(tmp_path)
+    Training(tmp_path, [0.7, 0.6], epochs=9).run(4)
+    assert best_weight(tmp_path) == best
+    Training(tmp_path, [0.9], epochs=9).run(5)
+    assert best_weight(tmp_path) == best + 3 * 0.125
+
+
+def test_a_stopped_run_may_go_on_to_more_epochs(tmp_path):
+    Training(tmp_path, [0, 0], epochs=4).run(2)
+    rates = Training(tmp_path, [0] * 6, epochs=8).run(8).rates
+    assert rates == pytest.approx([0.5 * left / 6 for left in (6, 5, 4, 3, 2, 1)])
+
+
+def test_a_run_that_has_ended_cannot_go_on(tmp_path):
+    Training(tmp_path, [0, 0], epochs=2).run(2)
+    Training(tmp_path, [], epochs=2).run(2)  # nothing is left to do, which is no error
+    with pytest.raises(ValueError, match=r"ended at epoch 2.*start a new run from its weights"):
+        Training(tmp_path, [0], epochs=3).run(3)
+
+
+def test_names_have_no_prefix_of_the_parallel_wrapper(tmp_path):
+    idist.initialize("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        network = nn.Linear(2, 1)
+        wrapped = DistributedDataParallel(network)
+        resume = ResumeFromLast(tmp_path / "last.pt", {"model": wrapped})
+        resume.save(Engine(lambda engine, batch: None))
+        state = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+        assert state.keys() == {"weight", "bias"}
+        network.weight.data.zero_()
+        resume.load(Engine(lambda engine, batch: None))
+        assert torch.equal(network.weight, state["weight"]) and state["weight"].abs().sum() > 0
+    finally:
+        idist.finalize()

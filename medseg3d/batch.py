@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
@@ -19,7 +19,9 @@ from medseg3d.io.formats import WRITABLE, split_name
 from medseg3d.report.records import write_csv, write_json
 from medseg3d.report.run import case_record, file_sha256
 from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
-from medseg3d.segmenter import Segmentation, Segmenter
+
+if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
+    from medseg3d.segmenter import Segmentation, Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +250,7 @@ class _Ledger:
         self.settings = {"model": segmenter.record.get("bundle_sha256"), **options}
         self.entries: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
-            with suppress(ValueError):  # a damaged ledger only costs the time to do its cases again
+            with suppress(ValueError, TypeError):  # a damaged ledger only costs the time to do its cases again
                 self.entries = dict(json.loads(self.path.read_text(encoding="utf-8")))
 
     def finished(self, case: Case, files: dict[str, Path]) -> bool:

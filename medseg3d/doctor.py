@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from medseg3d.catalogue import shipped_bundles
+from medseg3d.errors import in_words
 
 _REQUIRED = ("numpy", "scipy", "torch", "monai", "nibabel", "SimpleITK", "isal", "pillow")
 _EXTRAS = {
@@ -72,8 +73,11 @@ def _known_bad() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     if _version("torch") is None:
         return
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a missing or a wrong system library
+        yield Finding("problem", "torch", f"cannot be imported ({in_words(error)}): install it again")
+        return
     capability = torch.backends.cpu.get_cpu_capability()
     yield Finding("ok", "cpu", f"{torch.get_num_threads()} threads, {capability}")
     if torch.cuda.is_available():

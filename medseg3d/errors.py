@@ -17,6 +17,8 @@ def in_words(error: BaseException) -> str:
     told = next((cause for cause in chain if isinstance(cause, _FOR_USERS)), chain[-1])
     if isinstance(told, OSError) and told.strerror:
         text = told.strerror if told.filename is None else f"{told.strerror}: {told.filename}"
+    elif isinstance(told, ImportError):
+        text = str(told).partition("\n")[0]  # MONAI adds a traceback
     else:
         text = str(told)
     text = " ".join(text.split())

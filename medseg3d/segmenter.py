@@ -170,6 +170,11 @@ class Segmenter:
         """(D, H, W) labels; an error unless the bundle brought its prediction back to the input's own grid."""
         array = np.asarray(prediction.detach().cpu())
         if array.shape[0] > 1:
+            if ((array == 0) | (array == 1)).all() and (array.sum(axis=0) != 1).any():
+                raise ValueError(
+                    "the model's post-processing gives a mask a region, and they overlap or leave voxels out; medseg3d "
+                    "needs one label a voxel: its inference.json must take the argmax of the classes"
+                )
             array = array.argmax(axis=0)[None]
         if array.shape != (1, *volume.shape):
             raise ValueError(

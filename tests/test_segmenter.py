@@ -212,8 +212,11 @@ def test_every_grid_gives_the_same_segmentation_in_space(grid, models):
     found, truth = result.segmentation.array > 0, tiny.bone(affine, shape)
     dice = 2 * np.count_nonzero(found & truth) / (np.count_nonzero(found) + np.count_nonzero(truth))
     assert dice > 0.9
-    offset = np.argwhere(found).mean(axis=0) - np.argwhere(truth).mean(axis=0)
-    assert np.linalg.norm(matrix @ offset) < 0.5  # mm
+    world = tiny.world(affine, shape)
+    for centre, radius in tiny.BALLS[:2]:
+        near = np.linalg.norm(world - centre, axis=-1) < 1.4 * radius
+        offset = world[near & found].mean(axis=0) - world[near & truth].mean(axis=0)
+        assert np.linalg.norm(offset) < 0.3  # mm; half a voxel would be 1 or more
     volume = np.count_nonzero(found) * abs(np.linalg.det(matrix))
     assert volume == pytest.approx(sum(4 / 3 * np.pi * radius**3 for _, radius in tiny.BALLS), rel=0.1)
 
@@ -292,12 +295,22 @@ def test_an_empty_segmentation_is_told(models):
     [
         (torch.zeros(1, 20, 20, 20), "Invertd"),
         (torch.full((1, *tiny.SHAPE), 7.0), r"labels \[7\] that its metadata.json does not name"),
+        (torch.zeros(3, *tiny.SHAPE), "needs one label a voxel"),
+        (torch.ones(3, *tiny.SHAPE), "needs one label a voxel"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(prediction, reason, models, monkeypatch):
     monkeypatch.setattr(models.own, "postprocessing", lambda data: {"pred": prediction})
     with pytest.raises(ValueError, match=reason):
         models.own.predict((tiny.ct(), tiny.LPS))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])  # masks, and what is not masks: probabilities or logits
+def test_a_channel_for_each_class_becomes_labels(scale, models, monkeypatch):
+    expected = np.random.default_rng(0).integers(0, 3, tiny.SHAPE)
+    channels = scale * torch.from_numpy(np.stack([expected == k for k in range(3)])).float()
+    monkeypatch.setattr(models.own, "postprocessing", lambda data: {"pred": channels})
+    np.testing.assert_array_equal(models.own.predict((tiny.ct(), tiny.LPS)).segmentation.array, expected)
 
 
 def test_many_labels_need_more_than_a_byte(models, monkeypatch):

@@ -33,16 +33,21 @@ def centred(matrix: np.ndarray, shape: Sequence[int] = SHAPE) -> np.ndarray:
 LPS = centred(np.diag([-SPACING, -SPACING, SPACING]))
 
 
+def world(affine: np.ndarray = LPS, shape: Sequence[int] = SHAPE) -> np.ndarray:
+    """(D, H, W, 3) mm, RAS+, of each voxel's centre."""
+    return np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
+
+
 def bone(affine: np.ndarray = LPS, shape: Sequence[int] = SHAPE) -> np.ndarray:
     """Which voxels of a grid lie in one of three balls that no rotation or reflection maps onto themselves."""
-    world = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
-    return np.any([np.linalg.norm(world - centre, axis=-1) < radius for centre, radius in BALLS], axis=0)
+    points = world(affine, shape)
+    return np.any([np.linalg.norm(points - centre, axis=-1) < radius for centre, radius in BALLS], axis=0)
 
 
 def ct(affine: np.ndarray = LPS, shape: Sequence[int] = SHAPE) -> np.ndarray:
     """int16 HU: a body of tissue in air, three balls of bone, and noise."""
-    world = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
-    array = np.where((world[..., 0] / 65) ** 2 + (world[..., 1] / 55) ** 2 < 1, TISSUE, AIR)
+    x, y, _ = np.moveaxis(world(affine, shape), -1, 0)
+    array = np.where((x / 65) ** 2 + (y / 55) ** 2 < 1, TISSUE, AIR)
     array[bone(affine, shape)] = BONE
     return (array + np.random.default_rng(0).integers(-12, 13, array.shape)).astype(np.int16)
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.metrics import CumulativeIterationMetric, do_metric_reduction
 
 from medseg3d.metrics import SurfaceDistances
@@ -29,11 +30,12 @@ class HausdorffInMm(CumulativeIterationMetric):
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """(B, K - 1) distances of one-hot (B, K, D, H, W), the background first and left out; ``y`` has the affine."""
-        if not hasattr(y, "affine"):
+        if not isinstance(y, MetaTensor):
             raise ValueError("the reference must be a MetaTensor: distances in mm need the affine of its grid")
-        steps = y.affine.reshape(-1, 4, 4)[0, :3, :3].numpy()
+        steps = y.affine.reshape(-1, 4, 4)[0, :3, :3].cpu().numpy()
         pairs = zip(y_pred[:, 1:].cpu().numpy() > 0, y[:, 1:].cpu().numpy() > 0, strict=True)
-        return torch.tensor([[self._distance(p, r, steps) for p, r in zip(*case, strict=True)] for case in pairs])
+        values = [[self._distance(p, r, steps) for p, r in zip(*case, strict=True)] for case in pairs]
+        return torch.tensor(values, device=y_pred.device)
 
     def _distance(self, predicted: Any, reference: Any, steps: Any) -> float:
         distance = SurfaceDistances.of(predicted, reference, steps).hausdorff(self.percentile)

@@ -43,8 +43,8 @@ def headneck_manifest(path, cases):
 def phantom(seed):
     """A body of water in air with seven blocks of growing density: CT and label map, (44, 44, 40) voxels."""
     random = np.random.default_rng(seed)
-    d, h, w = np.meshgrid(*(np.linspace(-1, 1, size) for size in (44, 44, 40)), indexing="ij")
-    body = d**2 + h**2 < 0.8
+    d, h = np.ogrid[-1:1:44j, -1:1:44j]
+    body = np.repeat((d**2 + h**2 < 0.8)[..., None], 40, axis=2)
     ct = np.where(body, random.normal(0, 20, body.shape), -1000.0)
     labels = np.zeros(body.shape, np.uint8)
     for label in range(1, 8):

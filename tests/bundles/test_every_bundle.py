@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import socket
 
@@ -54,6 +55,24 @@ def test_model_card(bundle):
     assert [heading for heading in found if heading in HEADINGS] == list(HEADINGS)
     assert "not for clinical" in text.lower()
     assert [name for name in bundle.labels.values() if name not in text] == []
+
+
+def test_commands_of_the_model_card_name_what_exists(bundle):
+    """Every file and every id that a command of the card gives is there, so that a rename cannot leave it behind."""
+    text = (bundle.path / "docs" / "README.md").read_text()
+    commands = re.findall(r"^(?:python|torchrun) .*-m monai\.bundle (\w+) (.+)$", text, re.MULTILINE)
+    assert {verb for verb, _ in commands} == {"run", "verify_metadata", "verify_net_in_out", "ckpt_export"}
+    for verb, rest in commands:
+        words = shlex.split(rest)
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        named = re.findall(r"[\w./]+\.(?:json|pt)\b", " ".join(options.values()))
+        missing = [name for name in named if not name.startswith("eval/") and not (bundle.path / name).is_file()]
+        assert missing == [], rest
+        if verb == "run":
+            parser = ConfigParser()
+            parser.read_config([str(bundle.path / name) for name in named])
+            ids = {option.removeprefix("--") for option in options} - {"config_file"}
+            assert [name for name in ids if name not in parser] == [], rest
 
 
 def test_weights_are_plain_tensors(bundle):

@@ -287,7 +287,6 @@ def test_training_can_start_from_the_shipped_weights(phantoms, tmp_path):
         assert all(torch.equal(trained[key], shipped[key]) for key in shipped) == load_pretrain
 
 
-@pytest.mark.slow
 def test_training_on_the_real_data(shared, tmp_path):
     """The unchanged network and windows, two iterations on two cases, from the shipped weights and from scratch."""
     losses = {}
@@ -308,8 +307,18 @@ def test_training_on_the_real_data(shared, tmp_path):
         )
         workflow.initialize()
         workflow.run()
-        losses[load_pretrain] = float(workflow.parser.get_parsed_content("train::trainer").state.output[0]["loss"])
+        losses[load_pretrain] = float(workflow.parser.get_parsed_content("train::trainer").state.output["loss"])
     assert losses[True] < 0.7 * losses[False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu(phantoms, tmp_path):
+    settings = phantoms.overrides | TINY | {"output_dir": str(tmp_path), "device": "$torch.device('cuda:0')"}
+    run(TRAIN, **settings)
+    best = tmp_path / "checkpoints" / "best.pt"
+    run([TRAIN, EVALUATE], **settings, ckpt_path=str(best))
+    assert len(table(tmp_path / "val_hd95_mm_raw.csv")) == 2
 
 
 # Several processes
@@ -325,16 +334,19 @@ def torchrun(*overrides, cwd):
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(phantoms, tmp_path):
-    tiny = [part for key, value in (TINY | phantoms.overrides).items() for part in (f"--{key}", str(value))]
-    arguments = (*tiny, "--output_dir", tmp_path, "--batch_size", 1, "--iterations_per_epoch", 1)
-    done = torchrun(*arguments, cwd=tmp_path)
+    settings = phantoms.overrides | TINY | {"epochs": 2, "output_dir": str(tmp_path)}
+    once = {"train::trainer::max_epochs": 1, "iterations_per_epoch": 1, "batch_size": 1}
+    done = torchrun(
+        *(part for key, value in (settings | once).items() for part in (f"--{key}", str(value))), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     last = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
     assert last["epoch"] == 1 and not any(key.startswith("module.") for key in (*last["model"], *best))
-    assert done.stderr.count("Key metric: val_mean_dice best value") == 1  # the first process alone reports
+    reports = (done.stdout + done.stderr).count("Key metric: val_mean_dice best value")
+    assert reports == 1  # by the first process alone
 
-    run(TRAIN, output_dir=str(tmp_path), **phantoms.overrides, **TINY | {"epochs": 2})  # and one process goes on
+    run(TRAIN, **settings)  # and one process goes on
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["epoch"] == 2
 
 

@@ -1,0 +1,286 @@
+"""Many scans, one model: names, failures that stop nobody else, and runs that are taken up again."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from medseg3d.batch import OutputPlan, predict_many
+from medseg3d.io import find_inputs
+from tests import tiny_bundles as tiny
+
+
+@pytest.fixture
+def model(models):
+    return models.threshold
+
+
+@pytest.fixture
+def scans(tmp_path, ct_file):
+    """Three scans, of which the second is cut off."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in "abc":
+        shutil.copy(ct_file, folder / f"{name}.nii.gz")
+    content = ct_file.read_bytes()
+    (folder / "b.nii.gz").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def counted(model, monkeypatch):
+    """The names of the files that reach the model from now on."""
+    seen, predict = [], model.predict
+
+    def spy(image, *arguments, **options):
+        seen.append(image.name)
+        return predict(image, *arguments, **options)
+
+    monkeypatch.setattr(model, "predict", spy)
+    return seen
+
+
+# What is written
+
+
+def test_a_folder(model, scans, tmp_path):
+    plan = OutputPlan(tmp_path / "out", statistics=True, preview=True)
+    results = list(predict_many(model, scans, plan))
+    assert [result.case.name for result in results] == ["a", "b", "c"]
+    assert [result.error is None for result in results] == [True, False, True]
+    assert "cut off" in results[1].error and "\n" not in results[1].error
+    files = [f"{name}{end}" for name in "ac" for end in (".preview.png", ".stats.json", "_seg.labels.json", "_seg.nii.gz")]
+    assert names(plan.folder) == sorted([*files, "failures.csv", "finished.json", "statistics.csv"])
+    assert rows(plan.folder / "failures.csv") == [
+        {"case": "b", "input": str(scans / "b.nii.gz"), "error": results[1].error}
+    ]
+    assert {row["case"] for row in rows(plan.folder / "statistics.csv")} == {"a", "c"}
+    for result in (results[0], results[2]):
+        assert all(path.is_file() for path in result.outputs.values())
+        written = np.asarray(nib.load(result.outputs["segmentation"]).dataobj)
+        np.testing.assert_array_equal(written, result.result.segmentation.array)
+    assert results[0].record()["grid"]["shape"] == list(tiny.SHAPE)
+    assert results[1].record()["error"] == results[1].error and results[1].record()["grid"] is None
+
+
+@pytest.mark.parametrize("name", ["seg.nii.gz", "seg.nii", "seg.nrrd", "seg.seg.nrrd", "seg.mha"])
+def test_a_file(name, model, ct_file, tmp_path):
+    plan = OutputPlan(tmp_path / "new folder" / name, statistics=True, preview=True)
+    (result,) = predict_many(model, [ct_file], plan)
+    assert result.error is None and result.outputs["segmentation"] == plan.target
+    stem = name.partition(".")[0]
+    side_files = [f"{stem}.labels.json", f"{stem}.preview.png", f"{stem}.stats.csv", f"{stem}.stats.json"]
+    assert names(plan.folder) == sorted([name, *side_files])
+    assert plan.report == plan.folder / f"{stem}.run.json"
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".seg.nrrd", ".mha"])
+def test_formats_in_a_folder(suffix, model, ct_file, tmp_path):
+    (result,) = predict_many(model, ct_file, OutputPlan(tmp_path / "out", suffix))
+    assert result.outputs["segmentation"] == tmp_path / "out" / f"ct_seg{suffix}"
+    assert result.outputs["segmentation"].is_file()
+
+
+def test_through_the_segmenter(model, scans, tmp_path):
+    stages = []
+    results = model.predict_many(
+        [scans / "a.nii.gz"], tmp_path / "out", progress=lambda case, stage: stages.append((case.name, stage))
+    )
+    assert [result.result.labels for result in results] == [{1: "bone"}]
+    assert stages == [("a", stage) for stage in ("read", "preprocess", "network", "postprocess", "write")]
+
+
+def test_cases_come_one_by_one(model, scans, tmp_path):
+    """The first result is on disk before the second case is begun."""
+    results = predict_many(model, scans, tmp_path / "out")
+    next(results)
+    assert "a_seg.nii.gz" in names(tmp_path / "out") and "c_seg.nii.gz" not in names(tmp_path / "out")
+
+
+# What is refused before any time is spent
+
+
+@pytest.mark.parametrize(
+    ("inputs", "target", "reason"),
+    [
+        (["scans/a.nii.gz", "scans/c.nii.gz"], "seg.nii.gz", "2 scans cannot be written to one file.*name a folder"),
+        (["scans/a.nii.gz"], "scans/a.nii.gz", "is an input"),
+        (["scans/a.nii.gz"], "scans/../scans/a.nii.gz", "is an input"),
+        (["scans/a.nii.gz", "x_seg.nii.gz", "x.nii.gz"], ".", "is an input"),
+        (["scans/a.nii.gz"], "seg.mhd", "cannot write .mhd"),
+        (["scans/a.nii.gz"], "seg.dcm", "cannot write .dcm"),
+        (["scans/a.nii.gz"], "taken", "cannot make the output folder"),
+        (["scans/a.nii.gz"], "taken/seg.nii.gz", "cannot make the output folder"),
+        ([], "out", "none given"),
+        (["scans/d.nii.gz"], "out", "no such file"),
+    ],
+)
+def test_refused_at_once(inputs, target, reason, model, scans, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    for name in ("x.nii.gz", "x_seg.nii.gz"):
+        shutil.copy(scans / "a.nii.gz", tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError), match=reason):
+        predict_many(model, inputs, target)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_may_not_be_written_to(model, ct_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("medseg3d.batch.os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="no permission to write into the output folder"):
+        predict_many(model, ct_file, tmp_path)
+
+
+# Failures
+
+
+def failing(error):
+    def inferer(image, network):
+        raise error
+
+    return inferer
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "out_of_memory"),
+    [
+        (MemoryError("Unable to allocate 40 GiB"), "out of memory (MemoryError: Unable to allocate 40 GiB): crop", True),
+        (MemoryError(), "out of memory (MemoryError)", True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), "out of memory", True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory", True),
+        (KeyError("image"), "KeyError: 'image'", False),
+        (RuntimeError("two\nlines"), "RuntimeError: two lines", False),
+    ],
+)
+def test_an_error_is_one_line(error, words, out_of_memory, model, ct_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "inferer", failing(error))
+    (result,) = predict_many(model, ct_file, tmp_path / "out")
+    assert words in result.error and "\n" not in result.error
+    assert result.out_of_memory == out_of_memory
+    assert names(tmp_path / "out") == ["failures.csv"]
+
+
+def test_memory_that_runs_out_within_a_transform(model, ct_file, tmp_path, monkeypatch):
+    def preprocessing(data):
+        try:
+            raise MemoryError("Unable to allocate 7 GiB")
+        except MemoryError as error:
+            raise RuntimeError("applying transform <Spacingd>") from error
+
+    monkeypatch.setattr(model, "preprocessing", preprocessing)
+    (result,) = predict_many(model, ct_file, tmp_path / "out")
+    assert result.out_of_memory and "7 GiB" in result.error
+
+
+def test_ctrl_c_is_not_a_failed_case(model, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "inferer", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        list(predict_many(model, scans, tmp_path / "out"))
+    assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left on device")])
+def test_what_is_written_in_part_is_removed(error, model, ct_file, tmp_path, monkeypatch):
+    def save(result, path):
+        assert (tmp_path / "out" / "ct.stats.json").is_file()
+        raise error
+
+    monkeypatch.setattr("medseg3d.segmenter.Segmentation.save", save)
+    plan = OutputPlan(tmp_path / "out", statistics=True, preview=True)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            list(predict_many(model, ct_file, plan))
+        assert names(plan.folder) == []
+    else:
+        (result,) = predict_many(model, ct_file, plan)
+        assert "no space left" in result.error and names(plan.folder) == ["failures.csv"]
+
+
+def test_a_full_disk(model, ct_file, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("medseg3d.io.atomic.os.fsync", full)
+    (result,) = predict_many(model, ct_file, tmp_path / "seg.nii.gz")
+    assert "no space left on device; free some space" in result.error and names(tmp_path) == []
+
+
+# Taking up again
+
+
+def test_resume_does_only_what_is_left(model, scans, ct_file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    seen = counted(model, monkeypatch)
+    list(predict_many(model, scans, out))
+    shutil.copy(ct_file, scans / "b.nii.gz")  # the transfer is done now
+    seen.clear()
+    results = list(predict_many(model, scans, out, resume=True))
+    assert seen == ["b.nii.gz"]
+    assert [result.resumed for result in results] == [True, False, True]
+    assert not any(result.error for result in results) and not (out / "failures.csv").exists()
+    assert results[0].outputs["segmentation"].is_file()
+    assert "finished by an earlier run" in results[0].record()["warnings"]
+
+    seen.clear()
+    list(predict_many(model, scans, out))
+    assert seen == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]  # without resume all are done again
+
+
+def test_resume_does_again_what_has_changed(model, ct_file, tmp_path, monkeypatch):
+    scan = shutil.copy(ct_file, tmp_path / "a.nii.gz")
+    out = tmp_path / "out"
+    list(predict_many(model, scan, out))
+    seen = counted(model, monkeypatch)
+
+    def again(plan=out, **options):
+        seen.clear()
+        list(predict_many(model, scan, plan, resume=True, **options))
+        return bool(seen)
+
+    assert not again()
+    assert again(OutputPlan(out, statistics=True))
+    assert not again(OutputPlan(out, statistics=True))
+    assert again(allow_non_hu=True) and again()
+    assert again(OutputPlan(out, ".mha")) and again()
+    tiny.write_ct(tmp_path / "a.nii.gz", array=tiny.ct() + np.int16(1))
+    assert again() and not again()
+    monkeypatch.setitem(model.record, "bundle_sha256", "another model")
+    assert again() and not again()
+    (out / "a_seg.nii.gz").unlink()
+    assert again()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_damaged_ledger_costs_only_time(text, model, ct_file, tmp_path):
+    (tmp_path / "finished.json").write_text(text)
+    (result,) = predict_many(model, ct_file, tmp_path, resume=True)
+    assert result.error is None and not result.resumed
+    assert list(json.loads((tmp_path / "finished.json").read_text())) == ["ct"]
+
+
+def test_statistics_of_a_resumed_run_have_every_case(model, scans, tmp_path):
+    plan = OutputPlan(tmp_path / "out", statistics=True)
+    list(predict_many(model, scans / "a.nii.gz", plan))
+    list(predict_many(model, scans, plan, resume=True))
+    assert {row["case"] for row in rows(plan.folder / "statistics.csv")} == {"a", "c"}
+
+
+def test_inputs_that_were_found_already(model, scans, tmp_path):
+    inputs = find_inputs([scans / "a.nii.gz"])
+    assert [result.case for result in predict_many(model, inputs, tmp_path / "out")] == list(inputs.cases)

@@ -1,0 +1,306 @@
+"""Any MONAI segmentation bundle runs as MONAI runs it; what cannot run says why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import UNETR, SwinUNETR
+
+from medseg3d.bundle import UntrustedBundle, load_model
+from tests import tiny_bundles as tiny
+from tests.parity.golden import GoldenModel
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path):
+    return load_model(path, "cpu", trust=True)
+
+
+def labels(model, scan):
+    return model.predict(scan).segmentation.array
+
+
+# Trust
+
+
+def test_foreign_code_does_not_run_without_trust(tmp_path):
+    ran = tmp_path / "ran"
+
+    def edit(config):
+        config["inferer"] = f"$open({str(ran)!r}, 'w') and None"
+
+    folder = tiny.write_zoo_bundle(tmp_path / "bundle", edit=edit)
+    with pytest.raises(UntrustedBundle, match=r"run as code on this machine.*--trust \(in Python: trust=True\)"):
+        load_model(folder, "cpu")
+    assert not ran.exists()
+    load(folder)
+    assert ran.exists()  # so that the test could have failed
+
+
+def test_shipped_bundles_run_without_asking(shipped_model):
+    assert shipped_model.name.startswith("headneck_ct_unet ") and shipped_model.notes == ()
+    assert shipped_model.expects_hu and shipped_model.device == torch.device("cpu")
+    assert not shipped_model.network.training
+    assert len(shipped_model.record["weights_sha256"]) == 64
+
+
+# The same as MONAI
+
+
+def test_the_labels_are_those_of_monai_bundle_run(bundles, models, tmp_path):
+    """A file that is oblique and stored as int16, through MONAI's own command and through predict."""
+    turn = np.array([[-3.8, 0.6, 0.1], [-0.7, -3.9, 0.4], [0.2, 0.3, 4.2]])
+    scan = tiny.write_ct(tmp_path / "in" / "scan.nii.gz", tiny.centred(turn))
+    command = ["monai.bundle", "run", "--config_file", bundles.zoo / "configs" / "inference.json"]
+    overrides = {"bundle_root": bundles.zoo, "dataset_dir": scan.parent, "output_dir": tmp_path / "out"}
+    overrides["device"] = "$torch.device('cpu')"
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command), *(f"--{key}={value}" for key, value in overrides.items())],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written = nib.load(tmp_path / "out" / "scan" / "scan_trans.nii.gz")
+    result = models.zoo.predict(scan).segmentation
+    assert (np.bincount(result.array.ravel(), minlength=3) > 100).all()
+    np.testing.assert_array_equal(result.array, np.asarray(written.dataobj))
+    np.testing.assert_allclose(result.affine, written.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["yaml", "zip", "zip with a folder", "wrapped weights", "weights of several GPUs"])
+def test_other_forms_of_the_same_bundle(form, bundles, models, ct_file, tmp_path):
+    state = tiny.unet_state()
+    path = {
+        "yaml": lambda: tiny.write_zoo_bundle(tmp_path / "b", suffix="yaml"),
+        "zip": lambda: tiny.zipped(bundles.zoo, tmp_path / "b.zip"),
+        "zip with a folder": lambda: tiny.zipped(bundles.zoo, tmp_path / "download.zip", "b"),
+        "wrapped weights": lambda: tiny.write_zoo_bundle(tmp_path / "b", state={"state_dict": state}),
+        "weights of several GPUs": lambda: tiny.write_zoo_bundle(
+            tmp_path / "b", state={"model": {f"module.{key}": value for key, value in state.items()}}
+        ),
+    }[form]()
+    model = load(path)
+    assert model.name == "b 0.5.3"
+    np.testing.assert_array_equal(labels(model, ct_file), labels(models.zoo, ct_file))
+
+
+def test_names_of_older_bundles(models, ct_file, tmp_path):
+    def edit(config):
+        config["pre_transforms"], config["post_transforms"] = config.pop("preprocessing"), config.pop("postprocessing")
+        config["pre_transforms"]["transforms"][:2] = [
+            {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True}
+        ]
+        config["post_transforms"]["transforms"][1]["transform"] = "@pre_transforms"
+        config["network"] = "@network_def"
+
+    model = load(tiny.write_zoo_bundle(tmp_path / "b", edit=edit))
+    np.testing.assert_array_equal(labels(model, ct_file), labels(models.zoo, ct_file))
+
+
+def test_nothing_is_written_by_the_bundle(bundles, models, ct_file):
+    models.zoo.predict(ct_file)
+    assert sorted(path.name for path in bundles.zoo.iterdir()) == ["configs", "models"]
+
+
+# Code of its own
+
+
+def with_script(folder, threshold):
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "scripts" / "__init__.py").write_text("")
+    (folder / "scripts" / "inferer.py").write_text(
+        f"class Threshold:\n    def __call__(self, image, network):\n        return (image > {threshold}).float()\n"
+    )
+
+    def edit(config):
+        config["inferer"] = {"_target_": "scripts.inferer.Threshold"}
+        config["postprocessing"]["transforms"][:1] = []
+        config["postprocessing"]["transforms"][1] = {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5}
+
+    return tiny.write_zoo_bundle(folder, edit=edit)
+
+
+def test_each_bundle_has_its_own_scripts(ct_file, tmp_path):
+    first, second = (load(with_script(tmp_path / f"b{t}", t)) for t in (0.05, 0.8))
+    body, bone = (np.count_nonzero(labels(model, ct_file)) for model in (first, second))
+    assert body > 10 * bone > 0
+    assert "scripts" not in sys.modules and not {str(tmp_path / "b0.05"), str(tmp_path / "b0.8")} & set(sys.path)
+
+
+# Networks of old
+
+
+def test_swin_unetr_of_monai_1_3(shared, tmp_path):
+    """A zoo bundle with img_size, from its config to the numbers of MONAI 1.3 for the whole network."""
+    golden = GoldenModel(shared("golden", "3d", "models"), "swin_f12_legacy")
+    network = {"_target_": "SwinUNETR", "img_size": [64, 64, 32], "in_channels": 1, "out_channels": 2}
+    config = tiny.zoo_config(network | {"feature_size": 12}, roi_size=(64, 64, 32))
+    state = golden.prepare(SwinUNETR(1, 2, feature_size=12)).state_dict()
+    folder = tiny.write_bundle(tmp_path / "swin_unetr", config, state, ("background", "spleen"), monai_version="1.3.0")
+    model = load(folder)
+    assert [note.split(":")[0] for note in model.notes] == ["SwinUNETR", "SwinUNETR"]
+    with torch.no_grad():
+        golden.check_output("y", model.network(golden.input()))
+    assert labels(model, (tiny.ct()[:16, :16, :12], tiny.LPS)).shape == (16, 16, 12)
+
+
+def test_unetr_with_pos_embed(ct_file, tmp_path):
+    arguments = {"in_channels": 1, "out_channels": 3, "img_size": [16, 16, 16], "feature_size": 4}
+    arguments |= {"hidden_size": 24, "mlp_dim": 24, "num_heads": 2}
+    torch.manual_seed(0)
+    today = UNETR(**arguments, proj_type="perceptron").eval()
+    config = tiny.zoo_config({"_target_": "UNETR", **arguments, "pos_embed": "perceptron"}, roi_size=(16, 16, 16))
+    model = load(tiny.write_bundle(tmp_path / "unetr", config, today.state_dict(), monai_version="1.0.0"))
+    assert model.notes == ("UNETR: the argument pos_embed is now called proj_type",)
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.network(x), today(x), rtol=0, atol=0)
+    labels(model, ct_file)
+
+
+# What cannot run
+
+
+def no_invert(config):
+    config["postprocessing"]["transforms"] = [
+        step for step in config["postprocessing"]["transforms"] if step["_target_"] != "Invertd"
+    ]
+
+
+def set_to(*path, value):
+    def edit(config):
+        for key in path[:-1]:
+            config = config[key]
+        config[path[-1]] = value
+
+    return edit
+
+
+def without(*names):
+    return lambda config: [config.pop(name) for name in names]
+
+
+OTHER = {"other.weight": torch.zeros(3)}
+WRONG_SHAPE = {key: value[..., :1] if value.dim() > 1 else value for key, value in tiny.unet_state().items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ({"state": None}, FileNotFoundError, r"weights of b are missing: there is no .*model\.pt"),
+        ({"state": OTHER}, ValueError, r"do not fit its network: \d+ parameters are missing .*1 are left over"),
+        ({"state": WRONG_SHAPE}, ValueError, r"do not fit its network: 0 .* have another shape"),
+        ({"edit": without("inferer")}, ValueError, "defines no 'inferer'"),
+        ({"edit": without("network", "network_def")}, ValueError, "defines no 'network' or 'network_def'"),
+        ({"edit": without("preprocessing")}, ValueError, "defines no 'preprocessing' or 'pre_transforms'"),
+        ({"edit": set_to("network_def", "_target_", value="NoSuchNet")}, ValueError, "'network' of its .*NoSuchNet"),
+        ({"edit": set_to("network_def", "no_such", value=1)}, ValueError, "'network' of its .*no_such"),
+        ({"edit": set_to("inferer", "roi_size", value="@nowhere")}, ValueError, "'inferer' of its .*nowhere"),
+        (
+            {"edit": set_to("preprocessing", "transforms", 0, "keys", value="t2w")},
+            ValueError,
+            "does not load the key 'image'",
+        ),
+        (
+            {"network_data_format": {"inputs": {"image": {"num_channels": 4}}, "outputs": {"pred": {"channel_def": {}}}}},
+            ValueError,
+            "needs 4 images a case",
+        ),
+        ({"network_data_format": {}}, ValueError, "names no labels"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(options, error, reason, tmp_path):
+    folder = tiny.write_zoo_bundle(tmp_path / "b", **options)
+    with pytest.raises(error, match=reason) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("configs/inference.json", None, r"has no configs/inference\.json or inference\.yaml"),
+        ("configs/inference.json", "{", r"inference\.json cannot be read"),
+        ("configs/metadata.json", None, "not a MONAI Bundle"),
+        ("configs/metadata.json", '{"version"', "not valid JSON"),
+        ("models/model.pt", "", r"model\.pt cannot be read"),
+        ("models/model.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
+    ],
+)
+def test_damaged_files(name, content, reason, tmp_path):
+    folder = tiny.write_zoo_bundle(tmp_path / "b")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_yaml(tmp_path):
+    folder = tiny.write_zoo_bundle(tmp_path / "b", suffix="yaml")
+    (folder / "configs" / "inference.yaml").write_text("network: [1, 2")
+    with pytest.raises(ValueError, match=r"inference\.yaml cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("saved", [torch.nn.Conv3d(1, 2, 1), [torch.zeros(2)]])
+def test_weights_that_are_no_dictionary_of_tensors(saved, tmp_path):
+    folder = tiny.write_zoo_bundle(tmp_path / "b")
+    torch.save(saved, folder / "models" / "model.pt")
+    with pytest.raises(ValueError, match="dictionary of"):
+        load(folder)
+
+
+def test_half_of_the_weights(tmp_path):
+    folder = tiny.write_zoo_bundle(tmp_path / "b")
+    path = folder / "models" / "model.pt"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"model\.pt cannot be read"):
+        load(folder)
+
+
+def test_an_unknown_device_is_refused_before_the_model_is_built(bundles):
+    with pytest.raises(ValueError, match="unknown device 'tpu'"):
+        load_model(bundles.zoo, "tpu", trust=True)
+
+
+def test_postprocessing_that_does_not_come_back_to_the_scan(ct_file, tmp_path):
+    model = load(tiny.write_zoo_bundle(tmp_path / "b", edit=no_invert))
+    with pytest.raises(ValueError, match=r"gives a volume of .* but the scan has .*must end with Invertd"):
+        model.predict(ct_file)
+
+
+def test_an_mr_bundle_expects_no_hounsfield_units(tmp_path):
+    data_format = {
+        "inputs": {"image": {"format": "magnitude", "modality": "MR", "num_channels": 1}},
+        "outputs": {"pred": {"channel_def": {"0": "background", "1": "left", "2": "right"}}},
+    }
+    model = load(tiny.write_zoo_bundle(tmp_path / "b", network_data_format=data_format))
+    mr = np.abs(tiny.ct())
+    assert not model.expects_hu and model.predict((mr, tiny.LPS)).segmentation.shape == tiny.SHAPE
+
+
+def test_loading_leaves_the_logging_of_others_alone(bundles):
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    load(bundles.zoo)
+    assert (logging.getLogger().handlers, logging.getLogger().level) == before
+
+
+def test_record_for_the_run_report(bundles, models):
+    record = models.zoo.record
+    assert record["name"] == "spleen_ct_segmentation" and record["version"] == "0.5.3"
+    assert record["bundle"] == str(bundles.zoo) and record["weights"].endswith("model.pt")
+    assert json.loads(json.dumps(record)) == record

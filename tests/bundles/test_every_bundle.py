@@ -142,8 +142,8 @@ def test_ids_that_other_programs_look_up(bundle):
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
-def test_bundle_workflow_properties(bundle, kind, phantoms):
-    overrides = phantoms.overrides | ({"cache_rate": 0.0} if kind == "train" else {})
+def test_bundle_workflow_properties(bundle, kind, phantoms, tmp_path):
+    overrides = phantoms.overrides | {"output_dir": str(tmp_path)} | ({"cache_rate": 0.0} if kind == "train" else {})
     workflow = ConfigWorkflow(
         str(bundle.path / "configs" / f"{kind}.json"),
         workflow_type=kind,

@@ -268,3 +268,44 @@ def swap_labels(labels: torch.Tensor, pairs: Sequence[Sequence[int]]) -> torch.T
         swapped[labels == a] = b
         swapped[labels == b] = a
     return swapped
+
+
+class RandFieldOfViewd(MapTransform, Randomizable):
+    """Keep a random box and put air around it, as in a scan that was cropped close.
+
+    Args:
+        keys: images and label maps; each (C, D, H, W), all of one shape.
+        label_keys: those of ``keys`` that hold label numbers; around the box they become background.
+        fill: value around the box in the images.
+        min_share: the box has between this share and all of each axis.
+        prob: probability of doing it.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label_keys: KeysCollection = (),
+        fill: float = 0.0,
+        min_share: float = 0.5,
+        prob: float = 0.2,
+    ) -> None:
+        super().__init__(keys)
+        self.label_keys = set(ensure_tuple(label_keys))
+        self.fill = fill
+        self.min_share = min_share
+        self.prob = prob
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = dict(data)
+        if self.R.random() >= self.prob:
+            return output
+        shape = np.array(output[self.keys[0]].shape[1:])
+        size = np.ceil(shape * self.R.uniform(self.min_share, 1, 3)).astype(int)
+        start = np.floor((shape - size + 1) * self.R.random(3)).astype(int)
+        box = (slice(None), *(slice(a, a + n) for a, n in zip(start.tolist(), size.tolist(), strict=True)))
+        for key in self.keys:
+            values = torch.as_tensor(output[key])
+            cropped = torch.full_like(values, 0 if key in self.label_keys else self.fill)
+            cropped[box] = values[box]
+            output[key] = cropped
+        return output

@@ -14,6 +14,7 @@ from scipy import ndimage
 from medseg3d.data.transforms import (
     LabelsOnInputGridd,
     ModelGrid,
+    RandFieldOfViewd,
     RandMirrorLateralityd,
     ToModelGridd,
     applied_frame,
@@ -317,3 +318,31 @@ class TestMirror:
     def test_swap_labels_changes_pairs_at_once(self):
         swapped = swap_labels(torch.tensor([0, 1, 2, 3, 4, 5]), [(1, 2), (4, 5)])
         assert swapped.tolist() == [0, 2, 1, 3, 5, 4]
+
+
+class TestRandFieldOfView:
+    def data(self):
+        image = torch.full((1, 20, 16, 12), 5.0)
+        return {"image": image, "label": torch.ones(1, 20, 16, 12)}
+
+    def test_air_and_background_around_one_box(self):
+        transform = RandFieldOfViewd(("image", "label"), "label", fill=-3.0, min_share=0.5, prob=1.0)
+        transform.set_random_state(seed=1)
+        sizes = set()
+        for _ in range(20):
+            result = transform(self.data())
+            inside = result["image"][0] == 5.0
+            start, stop = body_box(inside.numpy().astype(float), 0.5)
+            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+            assert inside[box].all() and inside.sum() == inside[box].numel()
+            assert (result["image"][0][~inside] == -3.0).all()
+            assert torch.equal(result["label"][0] == 1, inside)
+            assert all(n >= full / 2 for n, full in zip(stop - start, (20, 16, 12), strict=True))
+            sizes.add(tuple(stop - start))
+        assert len(sizes) > 10
+
+    def test_never_with_probability_zero_and_the_caller_keeps_his(self):
+        data = self.data()
+        assert RandFieldOfViewd(("image", "label"), "label", prob=0.0)(data)["image"] is data["image"]
+        RandFieldOfViewd(("image", "label"), "label", prob=1.0)(data)
+        assert (data["image"] == 5.0).all()

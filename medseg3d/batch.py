@@ -118,12 +118,16 @@ class OutputPlan:
             raise ValueError(f"{len(inputs.cases)} scans cannot be written to one file, {self.target}: name a folder")
         suffix = split_name(self.target)[1]
         if suffix and not self.is_file and not self.target.is_dir():
-            raise ValueError(f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(WRITABLE)}")
+            raise ValueError(
+                f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(WRITABLE)}"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = os.strerror(error.errno or 0).lower()
-            raise OSError(error.errno, f"cannot make the output folder {self.folder} ({reason}): name another") from error
+            raise OSError(
+                error.errno, f"cannot make the output folder {self.folder} ({reason}): name another"
+            ) from error
         if not os.access(self.folder, os.W_OK):
             raise PermissionError(13, f"no permission to write into the output folder {self.folder}: name another")
         taken = {case.path.resolve() for case in inputs.cases}

@@ -122,8 +122,8 @@ def _load_weights(network: torch.nn.Module, bundle: BundleInfo) -> Path:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch each raise their own
         raise ValueError(
-            f"{path} cannot be read: the weights must be a dictionary of plain tensors, whole, and not a Git LFS pointer "
-            f"({type(error).__name__})"
+            f"{path} cannot be read ({type(error).__name__}): it must be a dictionary of plain tensors, whole, and not "
+            "a Git LFS pointer"
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} must hold a dictionary of tensors (a state_dict), got a {type(state).__name__}")

@@ -23,6 +23,7 @@ from medseg3d.errors import in_words, is_out_of_memory
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
+_CLEAR_LINE = "\r\x1b[K"  # of a terminal, where progress may stand
 OUTPUT_TYPES = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha"}
 
 
@@ -33,19 +34,16 @@ class UsageError(Exception):
 def predict(args: argparse.Namespace) -> int:
     """Segment scans and write the results."""
     from medseg3d.batch import OutputPlan
-    from medseg3d.io import NothingFound, find_inputs
+    from medseg3d.io import find_inputs
 
-    try:
-        inputs = find_inputs(args.input)
-    except NothingFound as error:
-        raise UsageError(str(error)) from error
-    for path, reason in inputs.skipped:
-        _say(f"skipped {path}: {reason}")
     plan = OutputPlan(Path(args.output).expanduser(), OUTPUT_TYPES[args.output_type], args.statistics, args.preview)
     try:
+        inputs = find_inputs(args.input)
         plan.prepare(inputs)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    for path, reason in inputs.skipped:
+        _say(f"skipped {path}: {reason}")
     bundle = find_bundle(args.model)
     trust = args.trust or _asked_to_trust(bundle)
     status = _Status(args.quiet, len(inputs.cases))
@@ -58,7 +56,6 @@ def predict(args: argparse.Namespace) -> int:
     stopwatch = Stopwatch()
     with stopwatch.stage("load model"):
         segmenter = load_model(bundle.path, args.device, trust=trust)
-    status.clear()
     for note in segmenter.notes:
         _say(f"note: {note}")
     outcomes = []
@@ -378,7 +375,7 @@ def _write_report(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(_CLEAR_LINE + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 class _Status:
@@ -391,7 +388,7 @@ class _Status:
 
     def show(self, text: str) -> None:
         if self.shown:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            print(_CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
 
     def stage(self, case: Any, stage: str) -> None:
         if case.name not in self.names:
@@ -400,7 +397,3 @@ class _Status:
 
     def clear(self) -> None:
         self.show("")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,12 +18,15 @@ class PartialDiceCELoss(nn.Module):
     leaves missing classes out. With every class annotated this is the ordinary sum of soft Dice (over the batch,
     background excluded) and cross-entropy.
 
+    Classes of which the batch has no voxel are left out of the Dice term too. There it could only reward silence, and a
+    small organ that few windows show would be silenced for good.
+
     Args:
         dice_weight: factor of the Dice term; the cross-entropy has factor 1.
         smooth: added to numerator and denominator of each class's Dice.
     """
 
-    def __init__(self, dice_weight: float = 1.0, smooth: float = 1.0) -> None:
+    def __init__(self, dice_weight: float = 1.0, smooth: float = 1e-5) -> None:
         super().__init__()
         self.dice_weight = dice_weight
         self.smooth = smooth
@@ -61,12 +64,14 @@ class PartialDiceCELoss(nn.Module):
         target_B1N = torch.where(labels_B1N > 0, log_probs_BKN.gather(1, labels_B1N), background_B1N)
         cross_entropy = -target_B1N.mean()
 
-        known_BK1 = ~missing_BK1
-        probs_BKN = log_probs_BKN.exp() * known_BK1
+        probs_BKN = log_probs_BKN.exp() * ~missing_BK1
         one_hot_BKN = torch.zeros_like(probs_BKN).scatter_(1, labels_B1N, 1.0)
         overlap_K = (probs_BKN * one_hot_BKN).sum(dim=(0, 2))[1:]
-        total_K = (probs_BKN + one_hot_BKN).sum(dim=(0, 2))[1:]
+        size_K = one_hot_BKN.sum(dim=(0, 2))[1:]
+        total_K = probs_BKN.sum(dim=(0, 2))[1:] + size_K
         dice_K = (2 * overlap_K + self.smooth) / (total_K + self.smooth)
-        known_K = known_BK1.any(dim=0).flatten()[1:]
-        dice = (dice_K * known_K).sum() / known_K.sum().clamp(min=1)
+        present_K = size_K > 0
+        if not present_K.any():
+            return cross_entropy
+        dice = (dice_K * present_K).sum() / present_K.sum()
         return cross_entropy + self.dice_weight * (1 - dice)

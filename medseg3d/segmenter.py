@@ -181,7 +181,7 @@ class Segmenter:
                 f"the model's post-processing gives a volume of {array.shape[1:]}, but the scan has {volume.shape}: "
                 "its inference.json must end with Invertd, or another transform back to the input's grid"
             )
-        labels = np.rint(array[0])
+        labels = array[0] if array.dtype.kind in "iub" else np.rint(array[0])
         unknown = set(np.unique(labels).astype(int).tolist()) - {0, *self.table.names}
         if unknown:
             raise ValueError(f"the model gave labels {sorted(unknown)} that its metadata.json does not name")

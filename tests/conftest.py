@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,3 +66,22 @@ def ct_file(tmp_path_factory):
     from tests.tiny_bundles import write_ct
 
     return write_ct(tmp_path_factory.mktemp("scans") / "ct.nii.gz")
+
+
+@pytest.fixture
+def run(capsys):
+    """run("predict", ...) -> (exit code, lines on stdout, lines on stderr)."""
+    from tests.command_line import run_here
+
+    return partial(run_here, capsys)
+
+
+@pytest.fixture
+def predict(run, bundles):
+    """predict(scan or scans, output, ...) -> the same, for `medseg3d predict` with the threshold bundle."""
+
+    def run_predict(scans, output, *options):
+        scans = scans if isinstance(scans, list) else [scans]
+        return run("predict", "-i", *scans, "-o", output, "-m", bundles.threshold, "--trust", "-d", "cpu", *options)
+
+    return run_predict

@@ -64,7 +64,9 @@ def test_a_folder(model, scans, tmp_path):
     assert [result.case.name for result in results] == ["a", "b", "c"]
     assert [result.error is None for result in results] == [True, False, True]
     assert "cut off" in results[1].error and "\n" not in results[1].error
-    files = [f"{name}{end}" for name in "ac" for end in (".preview.png", ".stats.json", "_seg.labels.json", "_seg.nii.gz")]
+    files = [
+        f"{name}{end}" for name in "ac" for end in (".preview.png", ".stats.json", "_seg.labels.json", "_seg.nii.gz")
+    ]
     assert names(plan.folder) == sorted([*files, "failures.csv", "finished.json", "statistics.csv"])
     assert rows(plan.folder / "failures.csv") == [
         {"case": "b", "input": str(scans / "b.nii.gz"), "error": results[1].error}
@@ -160,7 +162,11 @@ def failing(error):
 @pytest.mark.parametrize(
     ("error", "words", "out_of_memory"),
     [
-        (MemoryError("Unable to allocate 40 GiB"), "out of memory (MemoryError: Unable to allocate 40 GiB): crop", True),
+        (
+            MemoryError("Unable to allocate 40 GiB"),
+            "out of memory (MemoryError: Unable to allocate 40 GiB): crop",
+            True,
+        ),
         (MemoryError(), "out of memory (MemoryError)", True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), "out of memory", True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory", True),

@@ -192,6 +192,7 @@ def without(*names):
     return lambda config: [config.pop(name) for name in names]
 
 
+FOREGROUND = {"pred": {"channel_def": {"0": "background", "1": "spleen"}}}
 OTHER = {"other.weight": torch.zeros(3)}
 WRONG_SHAPE = {key: value[..., :1] if value.dim() > 1 else value for key, value in tiny.unet_state().items()}
 
@@ -214,7 +215,7 @@ WRONG_SHAPE = {key: value[..., :1] if value.dim() > 1 else value for key, value 
             "does not load the key 'image'",
         ),
         (
-            {"network_data_format": {"inputs": {"image": {"num_channels": 4}}, "outputs": {"pred": {"channel_def": {}}}}},
+            {"network_data_format": {"inputs": {"image": {"num_channels": 4}}, "outputs": FOREGROUND}},
             ValueError,
             "needs 4 images a case",
         ),

@@ -47,7 +47,7 @@ def test_what_is_no_bundle(bundles, tmp_path):
         find_bundle("lungs")
     with pytest.raises(ValueError, match="unknown model"):
         find_bundle(bundles.zoo / "configs" / "inference.json")
-    with pytest.raises(ValueError, match="model.pt holds no MONAI Bundle"):  # PyTorch's files are zips
+    with pytest.raises(ValueError, match=r"model\.pt holds no MONAI Bundle"):  # PyTorch's files are zips
         find_bundle(bundles.zoo / "models" / "model.pt")
     with pytest.raises(ValueError, match=r"not a MONAI Bundle: it has no configs/metadata\.json"):
         find_bundle(tmp_path)
@@ -91,5 +91,5 @@ def test_metadata_without_labels(data_format, bundles, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"network_data_format": data_format}))
     bundle = find_bundle(folder)
     assert bundle.input_format == {}
-    with pytest.raises(ValueError, match="names no labels.*channel_def"):
+    with pytest.raises(ValueError, match=r"names no labels.*channel_def"):
         _ = bundle.labels

@@ -1,19 +1,12 @@
-"""The command line as a stranger meets it: what it takes, what it prints where, and how it fails."""
+"""The command line as a stranger meets it: what it takes, and what it prints where."""
 
 from __future__ import annotations
 
 import csv
-import errno
-import gzip
 import json
-import logging
-import os
 import shutil
-import signal
-import struct
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -25,8 +18,7 @@ from medseg3d import __version__, cli
 from medseg3d.io import write_label_map
 from medseg3d.volume import Volume
 from tests import tiny_bundles as tiny
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.command_line import ROOT, finished, names, started
 
 EVERY_VERB = {"-h --help", "-q --quiet", "-v --verbose"}
 FLAGS = {
@@ -56,56 +48,6 @@ FLAGS = {
     "models": {"action", "name", "--json"},
     "doctor": {"--json"},
 }
-
-
-@pytest.fixture(autouse=True)
-def leave_no_log_level():
-    level = logging.getLogger("medseg3d").level
-    yield
-    logging.getLogger("medseg3d").setLevel(level)
-
-
-@pytest.fixture
-def run(capsys):
-    """run("predict", ...) -> (exit code, lines on stdout, lines on stderr)."""
-
-    def run_main(*arguments):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out.splitlines(), captured.err.splitlines()
-
-    return run_main
-
-
-@pytest.fixture
-def predict(run, bundles):
-    """The same for predict with the threshold bundle."""
-
-    def run_predict(scans, output, *options):
-        scans = scans if isinstance(scans, list) else [scans]
-        return run("predict", "-i", *scans, "-o", output, "-m", bundles.threshold, "--trust", "-d", "cpu", *options)
-
-    return run_predict
-
-
-def started(*arguments, code="from medseg3d.cli import main\nsys.exit(main())", **options):
-    """A process of its own that runs the command line."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [*options.pop("prefix", ()), sys.executable, "-c", f"import sys\n{code}", *map(str, arguments)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(command, env=environment, text=True, **streams)
-
-
-def finished(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out.splitlines(), err.splitlines()
-
-
-def names(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 # What it takes
@@ -352,6 +294,21 @@ def test_notes_and_warnings_go_to_stderr(run, bundles, tmp_path, monkeypatch):
     assert err[-1].startswith("warning: ct: nothing was found")
 
 
+def test_a_tilted_series_as_folder_and_as_zip(predict, shared, tmp_path):
+    series = shared("data", "ge-head-tilt-dicom")
+    archive = tmp_path / "study.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        for path in sorted(series.iterdir()):
+            content.write(path, f"study/{path.name}")
+    written = []
+    for scan in (series, archive):
+        code, out, err = predict(scan, tmp_path / scan.stem)
+        assert code == 0 and any("gantry tilt of 18.5 degrees" in line for line in err), err
+        written.append(np.asarray(nib.load(out[0]).dataobj))
+    assert np.count_nonzero(written[0]) > 100_000  # the skull
+    np.testing.assert_array_equal(*written)
+
+
 # Trust
 
 
@@ -369,310 +326,6 @@ def test_a_terminal_is_asked(answer, code, run, bundles, ct_file, tmp_path, monk
     monkeypatch.setattr("sys.stdin.readline", lambda: answer, raising=False)
     got, _, err = run("predict", "-i", ct_file, "-o", tmp_path / "seg.nii.gz", "-m", bundles.threshold)
     assert got == code and "Run it? [y/N]" in "".join(err)
-
-
-# Bad inputs: each file, the words that must be in the one line, the exit code
-
-
-def raw_nifti():
-    return bytearray(nib.Nifti1Image(tiny.ct(), tiny.LPS).to_bytes())
-
-
-def with_header(*changes):
-    raw = raw_nifti()
-    for form, offset, *values in changes:
-        struct.pack_into(form, raw, offset, *values)
-    return bytes(raw)
-
-
-def with_array(change):
-    array = change(tiny.ct().astype(np.float32))
-    return gzip.compress(nib.Nifti1Image(array, tiny.LPS).to_bytes(), 1)
-
-
-def replaced(value):
-    def change(array):
-        array[3, 4, 5] = value
-        return array
-
-    return change
-
-
-NO_SFORM = ("<2h", 252, 0, 0)
-ZERO_SPACING = ("<3f", 80, 4, 0, 4)
-SINGULAR = ("<12f", 280, -4, -4, 0, 80, 0, 0, 0, 80, 0, 0, 4, -80)
-PARALLEL = ("<12f", 280, 4, 4, 0, 0, 4, 4, 0, 0, 0, 0, 4, 0)
-BAD_SCANS = {
-    "empty file": ("ct.nii.gz", lambda: b"", "is empty (0 bytes)", 1),
-    "empty NRRD": ("ct.nrrd", lambda: b"", "is empty (0 bytes)", 1),
-    "truncated gzip": ("ct.nii.gz", lambda: gzip.compress(raw_nifti(), 1)[:9000], "is cut off", 1),
-    "truncated header": ("ct.nii", lambda: bytes(raw_nifti()[:200]), "", 1),
-    "truncated voxels": ("ct.nii", lambda: bytes(raw_nifti()[:9000]), "", 1),
-    "text renamed": ("ct.nii.gz", lambda: b"patient,age\n1,50\n" * 50, "is not a NIfTI file", 1),
-    "text renamed to NRRD": ("ct.nrrd", lambda: b"patient,age\n1,50\n" * 50, "cannot be read as .nrrd", 1),
-    "gzip of text": ("ct.nii.gz", lambda: gzip.compress(b"patient,age\n" * 50), "is not a NIfTI file", 1),
-    "uncompressed .nii.gz": ("ct.nii.gz", lambda: b"\x1f\x8b" + bytes(600), "", 1),
-    "NaN": ("ct.nii.gz", lambda: with_array(replaced(np.nan)), "1 of 54720 voxels are NaN or infinite", 1),
-    "infinite": ("ct.nii.gz", lambda: with_array(replaced(np.inf)), "1 of 54720 voxels are NaN or infinite", 1),
-    "single slice": ("ct.nii.gz", lambda: with_array(lambda a: a[:, :, :1]), "a single slice", 1),
-    "constant": ("ct.nii.gz", lambda: with_array(lambda a: np.full_like(a, -1000)), "every voxel is -1000", 1),
-    "grey levels": ("ct.nii.gz", lambda: with_array(lambda a: a.clip(0, 255)), "not Hounsfield units", 1),
-    "4D": ("ct.nii.gz", lambda: with_array(lambda a: np.stack([a, a], -1)), "has 2 volumes", 1),
-    "2D": ("ct.nii.gz", lambda: with_array(lambda a: a[:, :, 3]), "is 2D", 1),
-    "zero spacing": ("ct.nii", lambda: with_header(NO_SFORM, ZERO_SPACING), "must be above 0 mm", 1),
-    "singular affine": ("ct.nii", lambda: with_header(SINGULAR), "ct.nii", 1),
-    "parallel axes": ("ct.nii", lambda: with_header(PARALLEL), "ct.nii", 1),
-    "unknown format": ("ct.png", lambda: b"\x89PNG", "not a format that medseg3d reads", 2),
-    "empty DICOM": ("ct.dcm", lambda: b"", "not a format that medseg3d reads", 2),
-    "zip without DICOM": ("ct.zip", lambda: b"PK\x05\x06" + bytes(18), "not a format that medseg3d reads", 2),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SCANS)
-def test_bad_scans(case, predict, tmp_path):
-    name, content, words, expected = BAD_SCANS[case]
-    scan = tmp_path / name
-    scan.write_bytes(content())
-    code, out, err = predict(scan, tmp_path / "out" / "seg.nii.gz", "-s", "-p")
-    assert (code, out, len(err)) == (expected, [], 1), err
-    assert err[0].startswith("error: ") and name in err[0] and words in err[0]
-    assert len(err[0]) < 400 + len(str(scan)) and "Traceback" not in err[0] and "Errno" not in err[0]
-    assert names(tmp_path) == [name], "nothing but the scan is left"
-
-
-@pytest.mark.parametrize(
-    ("options", "expected", "words"),
-    [
-        (["-i", "nowhere.nii.gz", "-o", "out"], 2, "nowhere.nii.gz: no such file or folder"),
-        (["-i", "*.nrrd", "-o", "out"], 2, "*.nrrd: the pattern matches nothing"),
-        (["-i", "empty folder", "-o", "out"], 2, "the folder holds no image file"),
-        (["-i", "ct.nii.gz", "-o", "ct.nii.gz"], 2, "the output ct.nii.gz is an input"),
-        (["-i", "ct.nii.gz", "again.nii.gz", "-o", "seg.nii.gz"], 2, "2 scans cannot be written to one file"),
-        (["-i", "ct.nii.gz", "-o", "seg.mhd"], 2, "cannot write .mhd"),
-        (["-i", "ct.nii.gz", "-o", "text"], 1, "cannot make the output folder text (file exists)"),
-        (["-i", "ct.nii.gz", "-o", "text/seg.nii.gz"], 1, "cannot make the output folder text"),
-        (["-i", "ct.nii.gz", "-o", "out", "-m", "lungs"], 1, "unknown model 'lungs'"),
-        (["-i", "ct.nii.gz", "-o", "out", "-m", "text"], 1, "unknown model 'text'"),
-        (["-i", "ct.nii.gz", "-o", "out", "-m", "empty folder"], 1, "empty folder is not a MONAI Bundle"),
-        (["-i", "ct.nii.gz", "-o", "out", "-d", "tpu"], 1, "unknown device 'tpu'; a device is auto, cpu, gpu"),
-        (["-i", "ct.nii.gz", "-o", "out", "-d", "gpu:99"], 1, "device 'gpu:99' is not there"),
-    ],
-)
-def test_bad_options(options, expected, words, run, ct_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty folder").mkdir()
-    (tmp_path / "text").write_text("")
-    for name in ("ct.nii.gz", "again.nii.gz"):
-        shutil.copy(ct_file, name)
-    code, out, err = run("predict", *options)
-    assert (code, out, len(err)) == (expected, [], 1), err
-    assert err[0].startswith("error: ") and words in err[0] and "Errno" not in err[0]
-    assert names(tmp_path) == ["again.nii.gz", "ct.nii.gz", "text"]
-
-
-def test_verbose_shows_the_traceback(run, tmp_path):
-    with pytest.raises(ValueError, match="unknown model"):
-        cli.main(["models", "info", "lungs", "-v"])
-
-
-def without_privileges():
-    """A prefix for a command that makes permissions count for root too."""
-    if os.geteuid() != 0:
-        return ()
-    if shutil.which("setpriv") is None:
-        pytest.skip("root may do everything here, and setpriv is not there to prevent it")
-    dropped = "-dac_override,-dac_read_search"
-    return ("setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
-@pytest.mark.parametrize(
-    ("scan", "output", "code", "words"),
-    [
-        ("closed.nii.gz", "out", 2, "closed.nii.gz: cannot be opened (Permission denied)"),
-        ("closed folder", "out", 2, "closed folder: cannot be opened (Permission denied)"),
-        ("ct.nii.gz", "read-only", 1, "no permission to write into the output folder"),
-        ("ct.nii.gz", "read-only/deeper/seg.nii.gz", 1, "cannot make the output folder"),
-    ],
-)
-def test_no_permission(scan, output, code, words, ct_file, tmp_path):
-    for name in ("ct.nii.gz", "closed.nii.gz"):
-        shutil.copy(ct_file, tmp_path / name)
-    (tmp_path / "closed.nii.gz").chmod(0)
-    for name, mode in (("closed folder", 0o000), ("read-only", 0o555)):
-        (tmp_path / name).mkdir(mode=mode)
-    process = started("predict", "-i", scan, "-o", output, cwd=tmp_path, prefix=without_privileges())
-    got, out, err = finished(process)
-    assert (got, out, len(err)) == (code, [], 1), err
-    assert words in err[0] and "Errno" not in err[0]
-
-
-def test_a_full_disk(predict, ct_file, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("medseg3d.io.atomic.os.fsync", full)
-    code, out, err = predict(ct_file, tmp_path / "seg.nii.gz", "-s")
-    assert (code, out, len(err)) == (1, [], 1)
-    assert "no space left on device; free some space or choose another folder" in err[0] and "Errno" not in err[0]
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError("Unable to allocate 40.0 GiB for an array"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] not enough memory: you tried to allocate 40 bytes."),
-    ],
-)
-def test_out_of_memory(error, run, bundles, ct_file, tmp_path, monkeypatch):
-    from medseg3d import bundle
-
-    def inferer(image, network):
-        raise error
-
-    loaded = bundle.load_model(bundles.threshold, "cpu", trust=True)
-    loaded.inferer = inferer
-    monkeypatch.setattr(bundle, "load_model", lambda *arguments, **options: loaded)
-    code, out, err = run("predict", "-i", ct_file, "-o", tmp_path / "seg.nii.gz")
-    assert (code, out, len(err)) == (5, [], 1) and "out of memory (" in err[0] and "crop the scan" in err[0]
-    shutil.copy(ct_file, tmp_path / "b.nii.gz")
-    assert run("predict", "-i", ct_file, tmp_path / "b.nii.gz", "-o", tmp_path / "out")[0] == 4
-
-    monkeypatch.setattr(bundle, "load_model", lambda *arguments, **options: inferer(None, None))
-    code, _, err = run("predict", "-i", ct_file, "-o", tmp_path / "seg.nii.gz")
-    assert code == 5 and len(err) == 1
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
-def test_ctrl_c_while_the_network_runs(ct_file, tmp_path):
-    """A bundle in a zip whose strategy says that it has begun and then takes its time."""
-    folder = tmp_path / "slow_bundle"
-    (folder / "scripts").mkdir(parents=True)
-    (folder / "scripts" / "__init__.py").write_text("")
-    (folder / "scripts" / "slow.py").write_text(
-        "import os, time\n"
-        "class Slow:\n"
-        "    def __call__(self, image, network):\n"
-        "        open(os.environ['BEGUN'], 'w').close()\n"
-        "        time.sleep(60)\n"
-    )
-    tiny.write_zoo_bundle(folder, edit=lambda config: config.update(inferer={"_target_": "scripts.slow.Slow"}))
-    archive = tiny.zipped(folder, tmp_path / "slow.zip")
-    begun, scratch, out = (tmp_path / name for name in ("begun", "scratch", "out"))
-    scratch.mkdir()
-    process = started(
-        *("predict", "-i", ct_file, "-o", out, "-m", archive, "--trust", "-s", "-p", "-d", "cpu"),
-        env={"BEGUN": str(begun), "TMPDIR": str(scratch)},
-    )
-    try:
-        for _ in range(1200):
-            if begun.exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        code, lines, err = finished(process)
-    finally:
-        process.kill()
-    assert (code, lines) == (130, []) and err == ["interrupted; nothing half-written was left"]
-    assert names(out) == [] and list(scratch.glob("medseg3d-*")) == []
-
-
-# evaluate and train
-
-
-def references(folder, name="ct", label=1):
-    array = np.zeros(tiny.SHAPE, np.uint8)
-    array[tiny.bone()] = label
-    return write_label_map(Volume(array, tiny.LPS), folder / f"{name}.nii.gz", {label: "bone"})
-
-
-def test_evaluate_what_predict_wrote(predict, run, ct_file, tmp_path):
-    """The folder holds previews, statistics and reports too; the names come with the segmentations."""
-    predict(ct_file, tmp_path / "out", "-s", "-p", "-rp")
-    references(tmp_path / "truth")
-    code, out, err = run("evaluate", "-p", tmp_path / "out", "-r", tmp_path / "truth", "-o", tmp_path / "scores.csv")
-    assert code == 0, err
-    (row,) = (line.split() for line in out if line.startswith("bone"))
-    assert float(row[3]) > 0.98
-    assert out[-1] == str(tmp_path / "scores.csv")
-    with (tmp_path / "scores.csv").open(newline="") as file:
-        (scores,) = csv.DictReader(file)
-    assert scores["label"] == "bone" or scores["name"] == "bone"
-
-
-def test_evaluate_takes_names_from_elsewhere(run, tmp_path, bundles):
-    truth = references(tmp_path / "truth")
-    nib.save(nib.Nifti1Image(np.asarray(nib.load(truth).dataobj), tiny.LPS), tmp_path / "plain.nii.gz")
-    (tmp_path / "names.json").write_text('{"1": "femur"}')
-    pair = ("-p", tmp_path / "plain.nii.gz", "-r", truth)
-    code, out, err = run("evaluate", *pair)
-    assert (code, out) == (2, []) and "--labels names.json or -m MODEL" in err[0]
-    assert any(line.startswith("femur") for line in run("evaluate", *pair, "--labels", tmp_path / "names.json")[1])
-    assert any(line.startswith("bone") for line in run("evaluate", *pair, "-m", bundles.threshold)[1])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["-p", "nowhere", "-r", "truth"], "no such file or folder: nowhere"),
-        (["-p", "truth", "-r", "nowhere"], "no such file or folder: nowhere"),
-        (["-p", "truth", "-r", "truth", "--labels", "nowhere.json"], "nowhere.json"),
-        (["-p", "truth", "-r", "truth", "-m", "lungs"], "unknown model 'lungs'"),
-        (["-p", "truth", "-r", "truth", "--manifest", "nowhere"], "there is no manifest 'nowhere'"),
-    ],
-)
-def test_evaluate_says_what_is_wrong(arguments, words, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    references(tmp_path / "truth")
-    code, out, err = run("evaluate", *arguments)
-    assert (code, out, len(err)) == (1, [], 1) and words in err[0] and "Errno" not in err[0]
-
-
-def test_train_prints_the_checkpoint_and_nothing_else(run, tmp_path, monkeypatch):
-    from medseg3d.training import run as training
-
-    calls = []
-
-    def train_bundle(*arguments):
-        calls.append(arguments)
-        print("the log of MONAI")
-        return tmp_path / "best.pt"
-
-    monkeypatch.setattr(training, "train_bundle", train_bundle)
-    code, out, err = run("train", "--dataset_dir", "data", "-o", "out", "--epochs", "3", "-d", "cpu", "-q")
-    assert (code, out, err) == (0, [str(tmp_path / "best.pt")], ["the log of MONAI"])
-    ((bundle, *rest),) = calls
-    assert bundle.name == "headneck_ct_unet" and rest == ["data", "out", "cpu", 3, False]
-
-
-def test_train_says_what_is_wrong(run, bundles, tmp_path):
-    code, out, err = run("train", "--dataset-dir", tmp_path / "nowhere", "-o", tmp_path)
-    assert (code, out, len(err)) == (1, [], 1) and "nowhere does not exist" in err[0]
-    code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo)
-    assert code == 2 and "--trust" in err[0]
-    code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo, "--trust")
-    assert code == 1 and "has no configs/train.json" in err[0]
-    code, out, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path / "out", "-q")
-    assert (code, out) == (1, []) and "is not in the dataset folder" in err[-1]
-
-
-# Real DICOM
-
-
-def test_a_tilted_series_as_folder_and_as_zip(predict, shared, tmp_path):
-    series = shared("data", "ge-head-tilt-dicom")
-    archive = tmp_path / "study.zip"
-    with zipfile.ZipFile(archive, "w") as content:
-        for path in sorted(series.iterdir()):
-            content.write(path, f"study/{path.name}")
-    written = []
-    for scan in (series, archive):
-        code, out, err = predict(scan, tmp_path / scan.stem)
-        assert code == 0 and any("gantry tilt of 18.5 degrees" in line for line in err), err
-        written.append(np.asarray(nib.load(out[0]).dataobj))
-    assert np.count_nonzero(written[0]) > 100_000  # the skull
-    np.testing.assert_array_equal(*written)
 
 
 def test_python_m_medseg3d():

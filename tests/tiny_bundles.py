@@ -200,7 +200,7 @@ UNET = {
 
 
 def unet_state(seed: int = 8) -> dict[str, torch.Tensor]:
-    """Random weights for `UNET`; the seed is one with which all three labels are found in the CT, whatever the style."""
+    """Random weights for `UNET`; the seed is one with which both styles of bundle find all labels in the CT."""
     from monai.networks.nets import UNet
 
     with torch.random.fork_rng():

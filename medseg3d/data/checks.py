@@ -43,8 +43,8 @@ def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
     `allow_non_hu` turns the refusal of intensities that are not Hounsfield units into a sentence.
 
     Raises:
-        ValueError: where `check_voxels` does, or on intensities that cannot be Hounsfield units (nothing below 0, or all
-            within a span of 100).
+        ValueError: where `check_voxels` does, and on intensities that cannot be Hounsfield units (nothing below 0, or
+            all within a span of 100).
     """
     check_voxels(volume)
     low, high = float(volume.array.min()), float(volume.array.max())

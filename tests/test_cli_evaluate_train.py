@@ -1,0 +1,89 @@
+"""`medseg3d evaluate` and `medseg3d train`."""
+
+from __future__ import annotations
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medseg3d.io import write_label_map
+from medseg3d.volume import Volume
+from tests import tiny_bundles as tiny
+
+
+def references(folder, name="ct", label=1):
+    array = np.zeros(tiny.SHAPE, np.uint8)
+    array[tiny.bone()] = label
+    return write_label_map(Volume(array, tiny.LPS), folder / f"{name}.nii.gz", {label: "bone"})
+
+
+def test_evaluate_what_predict_wrote(predict, run, ct_file, tmp_path):
+    """The folder holds previews, statistics and reports too; the names come with the segmentations."""
+    predict(ct_file, tmp_path / "out", "-s", "-p", "-rp")
+    references(tmp_path / "truth")
+    code, out, err = run("evaluate", "-p", tmp_path / "out", "-r", tmp_path / "truth", "-o", tmp_path / "scores.csv")
+    assert code == 0, err
+    (row,) = (line.split() for line in out if line.startswith("bone"))
+    assert float(row[3]) > 0.98
+    assert out[-1] == str(tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        (scores,) = csv.DictReader(file)
+    assert scores["label"] == "bone" or scores["name"] == "bone"
+
+
+def test_evaluate_takes_names_from_elsewhere(run, tmp_path, bundles):
+    truth = references(tmp_path / "truth")
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(truth).dataobj), tiny.LPS), tmp_path / "plain.nii.gz")
+    (tmp_path / "names.json").write_text('{"1": "femur"}')
+    pair = ("-p", tmp_path / "plain.nii.gz", "-r", truth)
+    code, out, err = run("evaluate", *pair)
+    assert (code, out) == (2, []) and "--labels names.json or -m MODEL" in err[0]
+    assert any(line.startswith("femur") for line in run("evaluate", *pair, "--labels", tmp_path / "names.json")[1])
+    assert any(line.startswith("bone") for line in run("evaluate", *pair, "-m", bundles.threshold)[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "nowhere", "-r", "truth"], "no such file or folder: nowhere"),
+        (["-p", "truth", "-r", "nowhere"], "no such file or folder: nowhere"),
+        (["-p", "truth", "-r", "truth", "--labels", "nowhere.json"], "nowhere.json"),
+        (["-p", "truth", "-r", "truth", "-m", "lungs"], "unknown model 'lungs'"),
+        (["-p", "truth", "-r", "truth", "--manifest", "nowhere"], "there is no manifest 'nowhere'"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments, words, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    references(tmp_path / "truth")
+    code, out, err = run("evaluate", *arguments)
+    assert (code, out, len(err)) == (1, [], 1) and words in err[0] and "Errno" not in err[0]
+
+
+def test_train_prints_the_checkpoint_and_nothing_else(run, tmp_path, monkeypatch):
+    from medseg3d.training import run as training
+
+    calls = []
+
+    def train_bundle(*arguments):
+        calls.append(arguments)
+        print("the log of MONAI")
+        return tmp_path / "best.pt"
+
+    monkeypatch.setattr(training, "train_bundle", train_bundle)
+    code, out, err = run("train", "--dataset_dir", "data", "-o", "out", "--epochs", "3", "-d", "cpu", "-q")
+    assert (code, out, err) == (0, [str(tmp_path / "best.pt")], ["the log of MONAI"])
+    ((bundle, *rest),) = calls
+    assert bundle.name == "headneck_ct_unet" and rest == ["data", "out", "cpu", 3, False]
+
+
+def test_train_says_what_is_wrong(run, bundles, tmp_path):
+    code, out, err = run("train", "--dataset-dir", tmp_path / "nowhere", "-o", tmp_path)
+    assert (code, out, len(err)) == (1, [], 1) and "nowhere does not exist" in err[0]
+    code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo)
+    assert code == 2 and "--trust" in err[0]
+    code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo, "--trust")
+    assert code == 1 and "has no configs/train.json" in err[0]
+    code, out, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path / "out", "-q")
+    assert (code, out) == (1, []) and "is not in the dataset folder" in err[-1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from medseg3d.version import __version__
+
 if TYPE_CHECKING:
     from medseg3d.bundle import load_model
     from medseg3d.data.sample import sample_ct
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from medseg3d.io import LabelTable, read_volume, write_label_map
     from medseg3d.segmenter import Segmentation, Segmenter
     from medseg3d.volume import Volume
-
-__version__ = "0.1.0"
 
 _MODULE_OF = {
     "Geometry": "medseg3d.geometry",

@@ -24,10 +24,6 @@ _PREPROCESSING = ("preprocessing", "pre_transforms")
 _POSTPROCESSING = ("postprocessing", "post_transforms")
 
 
-class UntrustedBundle(ValueError):
-    """A bundle that does not ship with medseg3d and that nobody has said to trust."""
-
-
 def load_model(
     model: str | Path = DEFAULT_MODEL, device: str | torch.device = "auto", trust: bool = False
 ) -> Segmenter:
@@ -45,11 +41,7 @@ def load_model(
         FileNotFoundError: the bundle has no weights.
     """
     bundle = find_bundle(model)
-    if not bundle.shipped and not trust:
-        raise UntrustedBundle(
-            f"the bundle {bundle.path} does not ship with medseg3d, and a bundle's configs and scripts run as code on "
-            "this machine; if you trust where it comes from, say --trust (in Python: trust=True)"
-        )
+    bundle.require_trust(trust)
     torch_device = resolve_device(device)
     table = LabelTable(bundle.labels)
     with _importable(bundle.path):

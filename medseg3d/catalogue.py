@@ -17,6 +17,10 @@ from medseg3d.resources import resource_folder
 DEFAULT_MODEL = "headneck_ct_unet"
 
 
+class UntrustedBundle(ValueError):
+    """A bundle that does not ship with medseg3d and that nobody has said to trust."""
+
+
 @dataclass(frozen=True)
 class BundleInfo:
     """A MONAI Bundle on disk. ``shipped`` bundles come with medseg3d; all others are somebody else's code."""
@@ -65,6 +69,14 @@ class BundleInfo:
             return dict(self.metadata["network_data_format"]["inputs"]["image"])
         except (KeyError, ValueError, TypeError):
             return {}
+
+    def require_trust(self, trusted: bool) -> None:
+        """UntrustedBundle unless the bundle ships with medseg3d or somebody trusts it: its configs run as code."""
+        if not self.shipped and not trusted:
+            raise UntrustedBundle(
+                f"the bundle {self.path} does not ship with medseg3d, and a bundle's configs and scripts run as code "
+                "on this machine; if you trust where it comes from, say --trust (in Python: trust=True)"
+            )
 
 
 def shipped_bundles() -> list[BundleInfo]:

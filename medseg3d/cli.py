@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -151,9 +152,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train a bundle's network with its own train.json."""
     bundle = find_bundle(args.model)
-    trust = args.trust or _asked_to_trust(bundle)
-    if not bundle.shipped and not trust:
-        raise UsageError(f"the bundle {bundle.path} runs as code on this machine; say --trust if you trust its source")
+    bundle.require_trust(args.trust or _asked_to_trust(bundle))
     with contextlib.redirect_stdout(sys.stderr):  # MONAI's log
         from medseg3d.training.run import train_bundle
 
@@ -179,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
     _set_up_messages(args.verbose)
+    with contextlib.suppress(ValueError):  # not in the main thread, where signals do not come
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
     try:
         code = args.function(args)
         sys.stdout.flush()

@@ -16,11 +16,8 @@ _EXTRAS = {
     "bundle": ("fire", "jsonschema", "pytorch-ignite", "pyyaml"),
     "train": ("pytorch-ignite", "tqdm"),
 }
-# (package, version prefix, what goes wrong); sources: PyTorch issues 166122 and 166643, ITK issue 3994.
-_KNOWN_BAD = (
-    ("torch", "2.9.", "3D convolutions under mixed precision are several times slower than in 2.8 or 2.10"),
-    ("numpy", "1.", "MONAI 1.5 and later are tested with NumPy 2"),
-)
+# (package, version prefix, what goes wrong); sources: PyTorch issues 166122 and 166643.
+_KNOWN_BAD = (("torch", "2.9.", "3D convolutions under mixed precision are much slower and take more memory"),)
 
 
 @dataclass(frozen=True)

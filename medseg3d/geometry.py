@@ -42,7 +42,9 @@ class Geometry:
             raise ValueError(f"the last row of an affine is 0 0 0 1, got {affine[3]}")
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         if spacing.min() == 0:
-            raise ValueError(f"the spacing of each axis must be above 0 mm, got {spacing}; correct the file's header")
+            raise ValueError(
+                f"the spacing of each axis must be above 0 mm, got {spacing.tolist()}; correct the file's header"
+            )
         if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
             raise ValueError("the affine is singular: its voxel axes lie in one plane; correct the file's header")
         affine.flags.writeable = False

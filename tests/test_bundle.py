@@ -15,7 +15,8 @@ import pytest
 import torch
 from monai.networks.nets import UNETR, SwinUNETR
 
-from medseg3d.bundle import UntrustedBundle, load_model
+from medseg3d.bundle import load_model
+from medseg3d.catalogue import UntrustedBundle
 from tests import tiny_bundles as tiny
 from tests.parity.golden import GoldenModel
 

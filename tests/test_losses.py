@@ -30,9 +30,9 @@ def plain_dice_and_cross_entropy(logits, labels, smooth=1.0):
 
 
 def test_the_smallest_case_by_hand():
-    """Two classes, four voxels, every probability a half: cross-entropy ln 2, Dice (2 * 0.5 + 1) / (2 + 1 + 1)."""
+    """Two classes, four voxels, every probability a half: cross-entropy ln 2, Dice 2 * 0.5 / (2 + 1)."""
     loss = PartialDiceCELoss()(torch.zeros(1, 2, 4), torch.tensor([[[1, 0, 0, 0]]]))
-    assert loss.item() == pytest.approx(math.log(2) + 1 - 0.5, abs=1e-6)
+    assert loss.item() == pytest.approx(math.log(2) + 1 - 1 / 3, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2), (5, 6)])
@@ -85,7 +85,7 @@ def test_dice_of_an_organ_counts_the_cases_that_have_it():
         overlap = (p[cases, organ] * one_hot[cases, organ]).sum()
         return (2 * overlap + 1) / (p[cases, organ].sum() + one_hot[cases, organ].sum() + 1)
 
-    both = PartialDiceCELoss()(logits, labels, annotated)
+    both = PartialDiceCELoss(smooth=1.0)(logits, labels, annotated)
     cross_entropy = PartialDiceCELoss(dice_weight=0.0)(logits, labels, annotated)
     expected = 1 - (soft_dice(1, [0, 1]) + soft_dice(2, [0])) / 2
     assert (both - cross_entropy).item() == pytest.approx(expected.item(), abs=1e-5)
@@ -93,6 +93,19 @@ def test_dice_of_an_organ_counts_the_cases_that_have_it():
     background = torch.where(labels.flatten(1) == 0, p[:, 0] + torch.tensor([[0.0], [1.0]]) * p[:, 2], 1.0)
     organ = torch.where(labels.flatten(1) > 0, p.gather(1, labels.flatten(2)).flatten(1), 1.0)
     assert cross_entropy.item() == pytest.approx(-(background * organ).log().mean().item(), abs=1e-5)
+
+
+def test_an_organ_that_no_window_shows_is_not_silenced():
+    """Its Dice term could only push its probability down: it has none, and the others' are what they were."""
+    logits, labels = case()
+    labels[labels == 3] = 0
+    dice = PartialDiceCELoss()(logits, labels) - PartialDiceCELoss(dice_weight=0.0)(logits, labels)
+    annotated = torch.tensor([[True, True, True, False]] * 2)
+    without = PartialDiceCELoss()(logits, labels, annotated)
+    without = without - PartialDiceCELoss(dice_weight=0.0)(logits, labels, annotated)
+    assert dice.item() == pytest.approx(without.item(), abs=1e-6)
+    nothing = torch.zeros_like(labels)
+    assert PartialDiceCELoss()(logits, nothing) == PartialDiceCELoss(dice_weight=0.0)(logits, nothing)
 
 
 def test_annotated_may_be_zeros_and_ones():

@@ -27,7 +27,11 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             known = sorted(p.stem for p in folder.glob("*.json") if p.stem != "schema")
             raise FileNotFoundError(f"there is no manifest {str(name_or_path)!r}; medseg3d ships {', '.join(known)}")
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not {"name", "labels", "cases", "source"} <= manifest.keys():
+        raise ValueError(
+            f"{path} is no data manifest: it must have name, labels, cases and source, as schema.json says"
+        )
     split_of: dict[str, str] = {}
     for case in manifest["cases"]:
         if case["split"] not in SPLITS:

@@ -77,6 +77,8 @@ class LabelTable:
         try:
             labels = data.get("labels", data) if isinstance(data, Mapping) else data
             if isinstance(labels, Mapping):
+                if not all(str(label).isdecimal() for label in labels):
+                    raise TypeError("a label is a whole number")
                 return cls({int(label): name for label, name in labels.items()})
             colors = {int(entry["id"]): entry["color"] for entry in labels if "color" in entry}
             return cls({int(entry["id"]): entry["name"] for entry in labels}, colors)

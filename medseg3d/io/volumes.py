@@ -100,7 +100,11 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
     dtype = np.uint8 if max(table.names, default=0) <= 255 else np.uint16
     _write(volume.with_array(array.astype(dtype, copy=False)), path, "medseg3d label map", table)
     text = sidecar_text(table, path, volume.header.get("path"))
-    write_atomic(sidecar_path(path), lambda file: _write_text(file, text))
+    try:
+        write_atomic(sidecar_path(path), lambda file: _write_text(file, text))
+    except OSError:
+        path.unlink()
+        raise
     return path
 
 

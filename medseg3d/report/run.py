@@ -16,6 +16,7 @@ from typing import Any
 
 from medseg3d.geometry import Geometry
 from medseg3d.report.records import grid_record, write_json
+from medseg3d.version import __version__
 
 _PACKAGES = ("medseg3d", "numpy", "scipy", "torch", "monai", "nibabel", "SimpleITK")
 _DECISIVE = ("configs", "scripts", "models")  # the folders of a bundle on which its results depend
@@ -49,7 +50,7 @@ def versions() -> dict[str, str | None]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            found[package] = __version__ if package == "medseg3d" else None  # a checkout that was not installed
     return found
 
 

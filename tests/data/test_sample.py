@@ -76,9 +76,9 @@ class TestFiles:
         assert {str(label): name for label, name in table.names.items()} | {"0": "background"} == MANIFEST["labels"]
 
     def test_sides_of_the_patient(self, labels):
-        """World coordinates are RAS+: the patient's right is the lower end of the first, the feet of the last."""
+        """World coordinates are RAS+: the first grows towards the patient's right, the last towards the head."""
         at = {n: labels.geometry.world(np.argwhere(labels.array == n)).mean(0) for n in ORGANS}
-        assert at[3][0] + 60 < at[7][0] + 30 < at[4][0]
+        assert at[4][0] + 60 < at[7][0] + 30 < at[3][0]
         assert at[5][2] < at[6][2] < at[7][2] < at[1][2]
         assert at[2][1] < at[6][1]
 

@@ -52,7 +52,7 @@ ROUNDS = ((10.0, 60), (6.0, 50), (5.0, 40), (4.0, 25))  # mm, iterations of demo
 STIFFNESS = 1.5  # voxels: standard deviation of the Gaussian that smooths the demons' displacements
 
 SPACING = (2.0, 2.0, 2.5)  # mm, of the template
-BELOW, ABOVE = 0.85, 0.4  # part of the cases that must reach its lowest and its highest slice
+COVERED = 0.4  # part of the cases that must reach its top, and its bottom
 MARGIN = 30.0  # mm of air around it
 TRIMMED = 0.2  # part of the values left out at either end
 SHARPEN = (2.5, 0.7)  # unsharp mask: mm, amount
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("cases: " + ", ".join(case.name for case in cases))
     register(cases, args.rounds)
     names = {int(label): name for label, name in load_manifest(MANIFEST)["labels"].items()}
-    grid = grid_of(*box(cases, BELOW, ABOVE), SPACING)
+    grid = grid_of(*box(cases), SPACING)
     labels, body = vote(cases, grid, sorted(set(names) - {0}))
     hu = average_ct(cases, grid, body)
     write(args.output_dir, *cropped(grid, hu, labels, body), LabelTable(names))
@@ -191,8 +191,8 @@ def similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     return result
 
 
-def box(cases: Sequence[Case], below: float = 0.4, above: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (3,), mm: wide enough for every patient, and as far down and up as these parts of the cases reach."""
+def box(cases: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
+    """The template's corners (3,), mm: wide enough for every patient, as high and low as enough of them reach."""
     corners = []
     for case in cases:
         ends = np.array(list(np.ndindex(2, 2, 2))) * (np.array(case.ct.GetSize()) - 1)
@@ -201,7 +201,7 @@ def box(cases: Sequence[Case], below: float = 0.4, above: float = 0.4) -> tuple[
         corners.append(there @ inverse[:3, :3].T + inverse[:3, 3])
     lows, highs = np.min(corners, axis=1), np.max(corners, axis=1)
     low, high = lows.min(0), highs.max(0)
-    low[2], high[2] = np.quantile(lows[:, 2], below), np.quantile(highs[:, 2], 1 - above)
+    low[2], high[2] = np.quantile(lows[:, 2], COVERED), np.quantile(highs[:, 2], 1 - COVERED)
     return low, high
 
 
@@ -304,8 +304,7 @@ def average_ct(cases: Sequence[Case], grid: sitk.Image, body: np.ndarray) -> np.
     """The template in HU, int16 (k, j, i): averaged, sharpened, in air."""
     mean = sitk.GetArrayFromImage(robust_mean_image([pull(case, case.ct, grid, sitk.sitkBSpline) for case in cases]))
     width, amount = SHARPEN
-    soft = np.clip(mean, *TISSUE)  # so that skin and bone get no halo
-    mean += amount * (soft - ndimage.gaussian_filter(soft, width / np.array(SPACING[::-1])))
+    mean += amount * (mean - ndimage.gaussian_filter(mean, width / np.array(SPACING[::-1])))
     return np.where(body, np.clip(np.rint(mean), AIR, None), AIR).astype(np.int16)
 
 

@@ -67,7 +67,7 @@ def test_the_labels_are_those_of_monai_bundle_run(bundles, models, tmp_path):
     overrides["device"] = "$torch.device('cpu')"
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command), *(f"--{key}={value}" for key, value in overrides.items())],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         cwd=tmp_path,
         capture_output=True,
         text=True,

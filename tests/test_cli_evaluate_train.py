@@ -82,7 +82,7 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
     code, out, err = run("train", "--dataset-dir", tmp_path / "nowhere", "-o", tmp_path)
     assert (code, out, len(err)) == (1, [], 1) and "nowhere does not exist" in err[0]
     code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo)
-    assert code == 2 and "--trust" in err[0]
+    assert code == 1 and "--trust" in err[0]
     code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo, "--trust")
     assert code == 1 and "has no configs/train.json" in err[0]
     code, out, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path / "out", "-q")

@@ -57,7 +57,8 @@ def run(config_file, **overrides):
 
 
 def command(*arguments, cwd, timeout=300):
-    environment = os.environ | {"PYTHONPATH": str(BUNDLE.parents[1]), "OMP_NUM_THREADS": "1"}
+    # With another number of threads sums are rounded otherwise, and a voxel at a border may change sides.
+    environment = os.environ | {"PYTHONPATH": str(BUNDLE.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd,

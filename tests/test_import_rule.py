@@ -17,9 +17,9 @@ FLOORS = [
     {"interpolation", "resources", "version", "errors"},
     {"geometry"},
     {"volume"},
-    {"io", "layers", "losses", "metrics", "catalogue", "compatibility", "checkpoints"},
+    {"io", "layers", "losses", "metrics", "catalogue", "compatibility"},
     {"data", "networks", "flops"},
-    {"inference"},
+    {"inference", "checkpoints"},
     {"report"},
     {"training", "segmenter", "batch"},
     {"bundle", "compare"},
@@ -37,6 +37,7 @@ ONLY = {
     "metrics": {"geometry"},
     "data": {"io", "volume", "geometry", "resources"},
     "networks": {"layers"},
+    "checkpoints": {"io", "layers", "networks", "version"},
     "inference": {"io", "volume", "geometry"},  # networks and transforms arrive as callables
 }
 THIRD_PARTY_ONLY = {
@@ -46,6 +47,7 @@ THIRD_PARTY_ONLY = {
     "layers": {"torch"},
     "networks": {"torch"},
     "losses": {"torch"},
+    "checkpoints": {"torch", "numpy", "safetensors"},
     "metrics": {"numpy", "scipy"},
     "report": {"numpy", "scipy", "PIL"},
 }

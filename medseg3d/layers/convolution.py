@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+from medseg3d.layers.normalization import InstanceNorm
+from medseg3d.layers.winograd import Conv3d
+
+CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: Conv3d}
 TRANSPOSED_CONV = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 ACTIVATIONS = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
@@ -59,7 +61,7 @@ def norm_layer(spec: NameAndArguments | None, channels: int, spatial_dims: int) 
     if name == "batch":
         return BATCH_NORM[spatial_dims](channels, **arguments)
     if name == "instance":
-        return INSTANCE_NORM[spatial_dims](channels, **arguments)
+        return InstanceNorm(channels, **arguments)
     if name == "group":
         return nn.GroupNorm(**{"num_groups": 8, **arguments}, num_channels=channels)
     raise ValueError(f"norm must be None, 'batch', 'instance' or 'group', got {spec!r}")

@@ -6,14 +6,30 @@ from typing import Any
 
 from torch import nn
 
+from medseg3d.networks.ssl_head import SSLHead
+from medseg3d.networks.swin_unetr import SwinUNETR
 from medseg3d.networks.unet import UNet, cicek_unet, ronneberger_unet
-from medseg3d.networks.vnet import VNet
+from medseg3d.networks.unetr import UNETR
+from medseg3d.networks.vnet import VNet, milletari_vnet
 
-__all__ = ["NETWORKS", "UNet", "VNet", "build", "cicek_unet", "ronneberger_unet"]
+__all__ = [
+    "NETWORKS",
+    "UNETR",
+    "SSLHead",
+    "SwinUNETR",
+    "UNet",
+    "VNet",
+    "build",
+    "cicek_unet",
+    "milletari_vnet",
+    "ronneberger_unet",
+]
 
 NETWORKS: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "vnet": VNet,
+    "unetr": UNETR,
+    "swin_unetr": SwinUNETR,
 }
 
 

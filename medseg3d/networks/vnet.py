@@ -1,9 +1,11 @@
 """V-Net: Milletari, Navab and Ahmadi, "V-Net: fully convolutional neural networks for volumetric medical image
-segmentation", 3DV 2016, in the form in which MONAI 1.6 has it, with its keywords and its state_dict keys.
+segmentation", 3DV 2016: ``VNet`` in the form in which MONAI 1.6 has it, with its keywords and its state_dict keys, and
+``milletari_vnet`` as published.
 
-Departures from the paper, all MONAI's: batch norm after each convolution but the last; ELU instead of PReLU unless
-``act`` says otherwise; 1, 2, 3, 2 convolutions on the way down and 2, 2, 1, 1 on the way up instead of 2, 3, 3, 3 and
-3, 3, 2, 1; dropout; 2D as well; logits instead of a softmax.
+Departures of MONAI's form from the paper, each an argument: batch norm after each convolution but the last; ELU instead
+of PReLU; after the 16-channel stage, which has one convolution in either, 1, 2, 3, 2 of them down and 2, 2, 1, 1 up
+instead of 2, 3, 3, 3 and 3, 3, 2, 1; no biases on the way up; dropout. Departures of both forms: 2D as well; other
+widths; logits instead of a softmax.
 
 Departure from MONAI: with ``dropout_dim`` 2 or 3 whole channels are dropped in 2D and in 3D alike. MONAI's default of
 3 on a 2D network takes the batch for channels and drops whole images.
@@ -15,23 +17,28 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from medseg3d.layers.convolution import (
-    BATCH_NORM,
     CONV,
     DROPOUT,
     TRANSPOSED_CONV,
     NameAndArguments,
     activation_layer,
     check_spatial_dims,
-    conv_and_batch_norm,
+    norm_layer,
 )
+from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.transformer import recompute_in_backward
 
-STEM_CHANNELS = 16
 SIZE_MULTIPLE = 16  # four halvings
+MONAI_CONVS = (1, 2, 3, 2, 2, 2, 1, 1)
+PUBLISHED_CONVS = (2, 3, 3, 3, 3, 3, 2, 1)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class VNet(nn.Module):
@@ -39,14 +46,20 @@ class VNet(nn.Module):
 
     Args:
         spatial_dims: 2 or 3.
-        in_channels: channels of the input; a divisor of 16, because the input is tiled to the stem's 16 channels.
+        in_channels: channels of the input; a divisor of ``width``, because the input is tiled to the first stage's
+            channels and added to them.
         out_channels: channels of the output, one logit a class.
         act: name of the activation or (name, arguments); plain "prelu" has one slope a channel.
         dropout_prob_down: probability of dropout in the two deepest stages on the way down; None for none.
         dropout_prob_up: the same on the way up: before the two deepest up-convolutions, and on every skip.
         dropout_dim: 1 drops single voxels, 2 and 3 whole channels.
         bias: whether the convolutions down to the deepest stage and the last 5^3 one have a bias. Those on the way up
-            never have one, the up-convolutions and the 1^3 convolution always.
+            have one only if there is no norm, the up-convolutions and the 1^3 convolution always.
+        width: channels of the first stage, 16 as published; 2, 4, 8 and 16 times as many follow. 8 or 12 make light
+            models: operations and parameters go with its square.
+        convs: convolutions of the four stages down after the first, which has one, and of the four up.
+        norm: what ``norm_layer`` takes, after each convolution but the last.
+        use_checkpoint: in training, compute what is inside of a stage again in the backward pass instead of keeping it.
 
     Raises:
         ValueError: on arguments out of range, and in ``forward`` on a size that is not a multiple of 16.
@@ -62,41 +75,54 @@ class VNet(nn.Module):
         dropout_prob_up: tuple[float | None, float | None] = (0.5, 0.5),
         dropout_dim: int = 3,
         bias: bool = False,
+        *,
+        width: int = 16,
+        convs: Sequence[int] = MONAI_CONVS,
+        norm: NameAndArguments | None = "batch",
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.spatial_dims = n = check_spatial_dims(spatial_dims)
-        if in_channels < 1 or STEM_CHANNELS % in_channels:
-            raise ValueError(f"in_channels must divide {STEM_CHANNELS}: 1, 2, 4, 8 or 16, got {in_channels}")
         if dropout_dim not in (1, 2, 3):
             raise ValueError(f"dropout_dim must be 1 (voxels), 2 or 3 (whole channels), got {dropout_dim}")
+        if len(convs) != 8 or min(convs) < 1:
+            raise ValueError(f"convs needs a number of 1 or more for each of 8 stages, got {tuple(convs)}")
+        _check_width(width, in_channels)
 
         def dropout(probability: float | None) -> nn.Module:
             if probability is None:
                 return nn.Identity()
             return nn.Dropout(probability) if dropout_dim == 1 else DROPOUT[n](probability)
 
+        def down(scale: int, count: int, probability: float | None) -> DownStage:
+            return DownStage(n, scale * width, count, act, norm, dropout(probability), bias)
+
+        def up(inputs: int, scale: int, count: int, probability: float | None) -> UpStage:
+            drops = dropout(probability), dropout(on_skip)
+            return UpStage(n, inputs * width, scale * width, count, act, norm, *drops, bias and norm is None)
+
         before_up, on_skip = dropout_prob_up
-        self.in_tr = InStage(n, in_channels, act, bias)
-        self.down_tr32 = DownStage(n, 32, 1, act, dropout(None), bias)
-        self.down_tr64 = DownStage(n, 64, 2, act, dropout(None), bias)
-        self.down_tr128 = DownStage(n, 128, 3, act, dropout(dropout_prob_down), bias)
-        self.down_tr256 = DownStage(n, 256, 2, act, dropout(dropout_prob_down), bias)
-        self.up_tr256 = UpStage(n, 256, 256, 2, act, dropout(before_up), dropout(on_skip))
-        self.up_tr128 = UpStage(n, 256, 128, 2, act, dropout(before_up), dropout(on_skip))
-        self.up_tr64 = UpStage(n, 128, 64, 1, act, dropout(None), dropout(on_skip))
-        self.up_tr32 = UpStage(n, 64, 32, 1, act, dropout(None), dropout(on_skip))
-        self.out_tr = nn.Sequential(
-            OrderedDict(
-                conv_block=conv_and_batch_norm(n, 32, out_channels, 5, bias),
-                act_function1=activation_layer(act, out_channels),
-                conv2=CONV[n](out_channels, out_channels, 1),
-            )
-        )
+        self.in_tr = InStage(n, in_channels, width, act, norm, bias)
+        # The numbers in the names, as in MONAI, are the channels at a width of 16.
+        self.down_tr32 = down(2, convs[0], None)
+        self.down_tr64 = down(4, convs[1], None)
+        self.down_tr128 = down(8, convs[2], dropout_prob_down)
+        self.down_tr256 = down(16, convs[3], dropout_prob_down)
+        self.up_tr256 = up(16, 16, convs[4], before_up)
+        self.up_tr128 = up(16, 8, convs[5], before_up)
+        self.up_tr64 = up(8, 4, convs[6], None)
+        self.up_tr32 = up(4, 2, convs[7], None)
+        self.out_tr = OutStage(n, 2 * width, out_channels, act, norm, bias)
+        if use_checkpoint:
+            for stage in self.children():
+                recompute_in_backward(stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, out_channels, *spatial) of ``x_BC...``."""
+        """Logits (B, out_channels, *spatial) of ``x_BC...``, in channels-last memory format."""
         if not torch.jit.is_scripting():
             self._check_size(x.shape[2:])
+            # A clone, because contiguous() does not mark a single channel as channels-last.
+            x = x.clone(memory_format=CHANNELS_LAST[x.dim()])
         skip16 = self.in_tr(x)
         skip32 = self.down_tr32(skip16)
         skip64 = self.down_tr64(skip32)
@@ -121,36 +147,78 @@ class VNet(nn.Module):
             )
 
 
-class InStage(nn.Module):
-    """One convolution to 16 channels, to which the input is added, tiled as often as it fits."""
+def milletari_vnet(in_channels: int = 1, out_channels: int = 2, **overrides: Any) -> VNet:
+    """The network of Milletari et al. 2016, figure 2: 128x128x64 at 1x1x1.5 mm in the paper.
 
-    def __init__(self, spatial_dims: int, in_channels: int, act: NameAndArguments, bias: bool) -> None:
+    Biases, PReLU, no norm, no dropout, 45 % more convolutions, and the initial weights of the released code.
+    """
+    figure_2: dict[str, Any] = {"act": "prelu", "norm": None, "bias": True, "convs": PUBLISHED_CONVS}
+    no_dropout: dict[str, Any] = {"dropout_prob_down": None, "dropout_prob_up": (None, None)}
+    network = VNet(in_channels=in_channels, out_channels=out_channels, **{**figure_2, **no_dropout, **overrides})
+    for module in network.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            # "Xavier" of Caffe: uniform with a variance of one over the number of inputs.
+            bound = (3 / module.weight[0].numel()) ** 0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
+
+
+class InStage(nn.Module):
+    """One convolution, to which the input is added, tiled as often as it fits."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        channels: int,
+        act: NameAndArguments,
+        norm: NameAndArguments | None,
+        bias: bool,
+    ) -> None:
         super().__init__()
-        self.tiles = STEM_CHANNELS // in_channels
-        self.conv_block = conv_and_batch_norm(spatial_dims, in_channels, STEM_CHANNELS, 5, bias)
-        self.act_function = activation_layer(act, STEM_CHANNELS)
+        self.tiles = channels // in_channels
+        self.conv_block = _conv_and_norm(spatial_dims, in_channels, channels, norm, bias)
+        self.act_function = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act_function(self.conv_block(x) + torch.cat([x] * self.tiles, dim=1))
+        y = self.conv_block(x)
+        x = x.to(y.dtype)
+        if torch.is_grad_enabled():
+            y = y + torch.cat([x] * self.tiles, dim=1)
+        else:
+            y.unflatten(1, (self.tiles, x.shape[1])).add_(x.unsqueeze(1))
+        return self.act_function(y)
 
 
 class DownStage(nn.Module):
     """Half the size and twice the channels, then a residual stage of ``convs`` convolutions."""
 
     def __init__(
-        self, spatial_dims: int, channels: int, convs: int, act: NameAndArguments, dropout: nn.Module, bias: bool
+        self,
+        spatial_dims: int,
+        channels: int,
+        convs: int,
+        act: NameAndArguments,
+        norm: NameAndArguments | None,
+        dropout: nn.Module,
+        bias: bool,
     ) -> None:
         super().__init__()
         self.down_conv = CONV[spatial_dims](channels // 2, channels, 2, stride=2, bias=bias)
-        self.bn1 = BATCH_NORM[spatial_dims](channels)
+        self.bn1 = _norm(norm, channels, spatial_dims)
         self.act_function1 = activation_layer(act, channels)
         self.dropout = dropout
-        self.ops = _convs(spatial_dims, channels, convs, act, bias)
+        self.ops = _convs(spatial_dims, channels, convs, act, norm, bias)
         self.act_function2 = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act_function1(self.bn1(self.down_conv(x)))
-        return self.act_function2(self.ops(self.dropout(x)) + x)
+        x = self.down_conv(x)
+        if not torch.jit.is_scripting():
+            x = _channels_last(x)  # PyTorch's convolution of small float32 tensors does not keep it
+        x = self.act_function1(self.bn1(x))
+        return self.act_function2(_add(self.ops(self.dropout(x)), x))
 
 
 class UpStage(nn.Module):
@@ -163,34 +231,116 @@ class UpStage(nn.Module):
         channels: int,
         convs: int,
         act: NameAndArguments,
+        norm: NameAndArguments | None,
         dropout: nn.Module,
         skip_dropout: nn.Module,
+        bias: bool,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.up_conv = TRANSPOSED_CONV[spatial_dims](in_channels, channels // 2, 2, stride=2)
-        self.bn1 = BATCH_NORM[spatial_dims](channels // 2)
+        self.bn1 = _norm(norm, channels // 2, spatial_dims)
         self.act_function1 = activation_layer(act, channels // 2)
         self.dropout2 = skip_dropout
-        self.ops = _convs(spatial_dims, channels, convs, act, bias=False)
+        self.ops = _convs(spatial_dims, channels, convs, act, norm, bias)
         self.act_function2 = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         x = self.act_function1(self.bn1(self.up_conv(self.dropout(x))))
         x = torch.cat([x, self.dropout2(skip)], dim=1)
-        return self.act_function2(self.ops(x) + x)
+        return self.act_function2(_add(self.ops(x), x))
 
 
-def _convs(spatial_dims: int, channels: int, count: int, act: NameAndArguments, bias: bool) -> nn.Sequential:
+class OutStage(nn.Module):
+    """A 5^3 and a 1^3 convolution to one logit a class."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        act: NameAndArguments,
+        norm: NameAndArguments | None,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.conv_block = _conv_and_norm(spatial_dims, in_channels, out_channels, norm, bias)
+        self.act_function1 = activation_layer(act, out_channels)
+        self.conv2 = CONV[spatial_dims](out_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act_function1(self.conv_block(x))
+        # As a matrix product: oneDNN's 1^3 convolution of a channels-last tensor is slow in float32.
+        return F.linear(x.movedim(1, -1), self.conv2.weight.flatten(1), self.conv2.bias).movedim(-1, 1)
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of 2D and 3D that, in eval and where no gradient is asked, writes over its input.
+
+    That is the output of a convolution here, which nothing else needs; fresh memory costs more time than the norm. A
+    pass that is computed again for the gradient leaves the running statistics alone: they have seen that batch.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and is_plain_eager():
+            if self.training and torch._C._current_graph_task_id() != -1:  # within a backward pass
+                return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            if not self.training and not torch.is_grad_enabled() and x.device.type == "cpu":
+                return self._overwrite(x)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        numbers = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(x, *numbers, self.training, self.momentum, self.eps)
+
+    def _overwrite(self, x: torch.Tensor) -> torch.Tensor:
+        numbers = [number.float() for number in (self.weight, self.bias, self.running_mean, self.running_var)]
+        unused = torch.empty(0)
+        torch.native_batch_norm(x, *numbers, False, 0.0, self.eps, out=(x, unused, unused))
+        return x
+
+
+def _check_width(width: int, in_channels: int) -> None:
+    if width < 2 or width % 2:
+        raise ValueError(f"width must be an even number of 2 or more, got {width}")
+    if in_channels < 1 or width % in_channels:
+        divisors = ", ".join(str(n) for n in range(1, width) if width % n == 0)
+        raise ValueError(f"in_channels must divide the width {width}: {divisors} or {width}, got {in_channels}")
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+
+
+def _norm(norm: NameAndArguments | None, channels: int, spatial_dims: int) -> nn.Module:
+    return _BatchNorm(channels) if norm == "batch" else norm_layer(norm, channels, spatial_dims)
+
+
+def _add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y + x; in the memory of ``y`` where no gradient is asked."""
+    return y + x if torch.is_grad_enabled() else y.add_(x)
+
+
+def _conv_and_norm(
+    spatial_dims: int, in_channels: int, out_channels: int, norm: NameAndArguments | None, bias: bool
+) -> nn.Sequential:
+    """A 5^n convolution that keeps the size, and its norm; the keys ``conv.*`` and ``adn.N.*`` are those of MONAI."""
+    conv = CONV[spatial_dims](in_channels, out_channels, 5, padding=2, bias=bias)
+    adn = nn.Sequential(OrderedDict(N=_norm(norm, out_channels, spatial_dims)))
+    return nn.Sequential(OrderedDict(conv=conv, adn=adn))
+
+
+def _convs(
+    spatial_dims: int, channels: int, count: int, act: NameAndArguments, norm: NameAndArguments | None, bias: bool
+) -> nn.Sequential:
     """``count`` times convolution, norm, activation; the keys are ``N.conv_block.*`` and ``N.act_function.*``."""
-    return nn.Sequential(
-        *(
-            nn.Sequential(
-                OrderedDict(
-                    conv_block=conv_and_batch_norm(spatial_dims, channels, channels, 5, bias),
-                    act_function=activation_layer(act, channels),
-                )
-            )
-            for _ in range(count)
-        )
-    )
+
+    def block(act: NameAndArguments) -> nn.Sequential:
+        conv_block = _conv_and_norm(spatial_dims, channels, channels, norm, bias)
+        return nn.Sequential(OrderedDict(conv_block=conv_block, act_function=activation_layer(act, channels)))
+
+    return nn.Sequential(*(block(act) for _ in range(count)))

@@ -9,6 +9,7 @@ import torch
 
 from medseg3d.networks import NETWORKS, build
 
+SMALL_UNETR = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 40, "num_heads": 3}
 # (name, spatial axes): (arguments, a good size, a bad one, the next size that the network takes)
 CONFIGURATIONS = {
     ("unet", 2): ({"channels": (4, 8, 8)}, (12, 16), (9, 12), (12, 12)),
@@ -20,7 +21,12 @@ CONFIGURATIONS = {
     ),
     ("vnet", 2): ({}, (32, 16), (33, 16), (48, 16)),
     ("vnet", 3): ({"act": "prelu"}, (16, 16, 16), (16, 32, 7), (16, 32, 16)),
+    ("unetr", 2): ({"img_size": (32, 48), **SMALL_UNETR}, (32, 48), (32, 40), (32, 48)),
+    ("unetr", 3): ({"img_size": (16, 32, 16), **SMALL_UNETR}, (16, 32, 16), (16, 32, 15), (16, 32, 16)),
+    ("swin_unetr", 2): ({"feature_size": 12}, (64, 96), (33, 64), (64, 64)),
+    ("swin_unetr", 3): ({"feature_size": 12, "use_v2": True}, (32, 32, 64), (32, 32, 32), (64, 32, 32)),
 }
+SCRIPTABLE = {"unet", "vnet"}  # the others can be traced
 CLASSES = 3
 
 
@@ -51,7 +57,7 @@ def test_every_network_is_held_to_the_contract():
 
 
 def test_build_names_the_networks_that_there_are():
-    with pytest.raises(ValueError, match="there is no network 'alexnet3d'; medseg3d has unet, vnet"):
+    with pytest.raises(ValueError, match="there is no network 'alexnet3d'; medseg3d has unet, vnet, unetr, swin_unetr"):
         build("alexnet3d")
 
 
@@ -77,7 +83,9 @@ def test_a_gradient_reaches_every_parameter(subject):
     x = subject.x[:1].clone().requires_grad_()
     cotangent = torch.randn(subject.y[:1].shape, generator=torch.Generator().manual_seed(1))
     (subject.network(x) * cotangent).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in subject.network.named_parameters()}
+    # What is frozen is there for the keys of published files.
+    trained = [(name, parameter) for name, parameter in subject.network.named_parameters() if parameter.requires_grad]
+    gradients = {name: parameter.grad for name, parameter in trained}
     subject.network.zero_grad(set_to_none=True)
     without = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
     assert not without
@@ -114,9 +122,46 @@ def test_torch_export(subject):
 
 
 def test_torch_script(subject):
+    if subject.name not in SCRIPTABLE:
+        pytest.skip(f"{subject.name} is traced, not scripted")
     scripted = torch.jit.script(subject.network)
     with torch.no_grad():
         torch.testing.assert_close(scripted(subject.x), subject.y, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_trace(subject):
+    with torch.no_grad():
+        traced = torch.jit.trace(subject.network, subject.x)
+        torch.testing.assert_close(traced(subject.x), subject.y, rtol=1e-4, atol=1e-5)
+        other = subject.x.flip(2)
+        torch.testing.assert_close(traced(other), subject.network(other), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile_sees_one_graph(subject):
+    torch._dynamo.reset()
+    compiled = torch.compile(subject.network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(subject.x), subject.y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(subject, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "network.onnx"
+    torch.onnx.export(subject.network, (subject.x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: subject.x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), subject.y, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_weights_are_close_to_float32(subject):
+    network = subject.build().bfloat16()
+    network.load_state_dict(subject.network.state_dict())
+    with torch.no_grad():
+        y = network(subject.x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - subject.y).norm() < 0.03 * subject.y.norm()
 
 
 def test_bfloat16_is_close_to_float32(subject):

@@ -87,8 +87,8 @@ def test_the_input_is_tiled_and_added_in_the_first_stage():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 3}, "in_channels must divide 16: 1, 2, 4, 8 or 16, got 3"),
-        ({"in_channels": 0}, "in_channels must divide 16"),
+        ({"in_channels": 3}, "in_channels must divide the width 16: 1, 2, 4, 8 or 16, got 3"),
+        ({"in_channels": 0}, "in_channels must divide the width 16"),
         ({"spatial_dims": 1}, "spatial_dims must be 2 or 3, got 1"),
         ({"dropout_dim": 4}, r"dropout_dim must be 1 \(voxels\), 2 or 3 \(whole channels\), got 4"),
         ({"act": "step"}, "activation must be one of"),

@@ -1,0 +1,85 @@
+"""Values that a network needs otherwise than a file stores them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from medseg3d.layers.positions import interpolate_positions
+
+POSITIONS = "position_embeddings"
+FOLDED = "MONAI 0.6 stored it; it is subtracted from the running mean of the batch norm behind it, which is the same"
+# V-Net of MONAI 0.6: bias of a convolution -> running mean of the batch norm that follows it.
+_BIAS_AND_MEAN = (
+    (re.compile(r"(.*)\.conv_block\.conv\.bias"), r"\1.conv_block.adn.N.running_mean"),
+    (re.compile(r"(.*)\.down_conv\.bias"), r"\1.bn1.running_mean"),
+)
+
+
+def fold_biases(
+    file: Mapping[str, torch.Tensor], placed: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Biases that the network lacks, taken into the batch norms behind: (x + b) - m = x - (m - b).
+
+    Args:
+        file: tensors by plain name.
+        placed: plain name in the network -> plain name in the file.
+
+    Returns:
+        Other values of tensors in the file, and the names of the biases that they contain.
+    """
+    targets = set(placed.values())
+    means: dict[str, torch.Tensor] = {}
+    folded: set[str] = set()
+    for name in file.keys() - targets:
+        for pattern, replacement in _BIAS_AND_MEAN:
+            match = pattern.fullmatch(name)
+            mean = match.expand(replacement) if match else ""
+            if mean in targets and file[mean].shape == file[name].shape:
+                means[mean] = file[mean] - file[name]
+                folded.add(name)
+    return means, folded
+
+
+def resize_positions(
+    table_1NE: torch.Tensor, key: str, network: nn.Module, file_grid: Sequence[int] | None
+) -> torch.Tensor:
+    """A position table of the file for the grid of the network's own; the table as it is where its width is another.
+
+    Args:
+        table_1NE: (1, tokens, width).
+        key: the network's key of its own table.
+        network: the network.
+        file_grid: tokens along each axis in the file; a cube or a square if not given.
+
+    Raises:
+        ValueError: a grid cannot be told from the number of tokens.
+    """
+    own = network.get_parameter(key)
+    if table_1NE.dim() != 3 or own.dim() != 3 or table_1NE.shape[2] != own.shape[2]:
+        return table_1NE
+    embedding = network.get_submodule(key.rpartition(".")[0])
+    new_grid = getattr(embedding, "grid", None)
+    axes = len(file_grid or new_grid or _conv_axes(embedding) or (0, 0, 0))
+    new_grid = new_grid or _regular_grid(own.shape[1], axes, f"the network's {key}")
+    old_grid = file_grid or _regular_grid(table_1NE.shape[1], axes, f"the file's {key}")
+    return interpolate_positions(table_1NE, old_grid, new_grid)
+
+
+def _conv_axes(embedding: nn.Module) -> Sequence[int]:
+    """The edges of a patch, of embeddings that store them as a convolution."""
+    weight = getattr(getattr(embedding, "patch_embeddings", None), "weight", None)
+    return () if weight is None else weight.shape[2:]
+
+
+def _regular_grid(tokens: int, axes: int, whose: str) -> tuple[int, ...]:
+    edge = round(tokens ** (1 / axes))
+    if edge**axes != tokens:
+        raise ValueError(
+            f"{whose} has {tokens} tokens, which are not those of a regular grid of {axes} axes: pass position_grid, "
+            "the tokens along each axis (image size / patch size) in the file"
+        )
+    return (edge,) * axes

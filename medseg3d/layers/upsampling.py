@@ -1,0 +1,89 @@
+"""Twice the size by a transposed convolution, alone or merged with the convolution that follows it.
+
+A transposed convolution of kernel and stride 2 followed by a convolution of kernel 3 is linear as a whole. Each of the
+2^n positions of a fine voxel inside its coarse one sees 2^n coarse voxels, so the pair is 2^n convolutions of kernel 2
+on the coarse grid: 8 coefficients an output and input channel instead of 27 in 3D, and no tensor at the fine size
+between.
+
+Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spatial axes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medseg3d.layers.convolution import TRANSPOSED_CONV
+
+CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
+# Of the fine voxel 2 i + position, the tap of the kernel of 3 that meets the coarse voxel i + position - 1 + neighbour
+# and which of its two fine voxels that is: {(position, neighbour): ((tap, half), ...)}.
+_TAPS = {(0, 0): ((0, 1),), (0, 1): ((1, 0), (2, 1)), (1, 0): ((0, 0), (1, 1)), (1, 1): ((2, 0),)}
+
+
+def doubling(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """A transposed convolution of kernel and stride 2 without bias."""
+    return TRANSPOSED_CONV[spatial_dims](in_channels, out_channels, 2, stride=2, bias=False)
+
+
+def merged_weight(up: torch.Tensor, conv: torch.Tensor) -> torch.Tensor:
+    """The 2^n convolutions of kernel 2 that a transposed convolution and a convolution of kernel 3 amount to.
+
+    Args:
+        up: weight (I, M, 2, ...) of the transposed convolution.
+        conv: weight (O, M, 3, ...) of the convolution after it.
+
+    Returns:
+        (2^n * O, I, 2, ...) in the dtype of ``conv``; the position is the slower part of the first axis.
+    """
+    axes = conv.dim() - 2
+    fine, coarse = conv.float(), up.float()
+    merged = fine.new_zeros(2**axes, len(fine), len(coarse), *[2] * axes)
+    corners = list(itertools.product((0, 1), repeat=axes))
+    for (p, position), neighbour in itertools.product(enumerate(corners), corners):
+        for pairs in itertools.product(*(_TAPS[pair] for pair in zip(position, neighbour, strict=True))):
+            taps, halves = zip(*pairs, strict=True)
+            merged[p][_at(neighbour)] += fine[_at(taps)] @ coarse[_at(halves)].T
+    return merged.flatten(0, 1).to(conv.dtype).contiguous(memory_format=_format(axes))
+
+
+def merged_pointwise_weight(up: torch.Tensor, conv: torch.Tensor) -> torch.Tensor:
+    """(2^n * O, I): the same for a convolution of kernel 1, weight (O, M, 1, ...)."""
+    fine, coarse = conv.float().flatten(1), up.float()
+    corners = itertools.product((0, 1), repeat=up.dim() - 2)
+    return torch.cat([fine @ coarse[_at(corner)].T for corner in corners]).to(conv.dtype)
+
+
+def add_upsampled_conv_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Add to ``y_BO...`` what ``merged_weight`` makes of ``x_BI...``, which is half as long along each axis."""
+    parts = CONV_FUNCTION[x.dim() - 2](x, weight, padding=1)
+    return _add_positions_(y, parts, x.shape[2:], shifted=True)
+
+
+def add_upsampled_pointwise_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Add to ``y_BO...`` what ``merged_pointwise_weight`` makes of ``x_BI...``."""
+    parts = F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
+    return _add_positions_(y, parts, x.shape[2:], shifted=False)
+
+
+def _add_positions_(y: torch.Tensor, parts: torch.Tensor, grid: torch.Size, shifted: bool) -> torch.Tensor:
+    corners = itertools.product((0, 1), repeat=len(grid))
+    for corner, part in zip(corners, parts.split(y.shape[1], dim=1), strict=True):
+        fine = tuple(slice(position, None, 2) for position in corner)
+        coarse = tuple(slice(p, p + n) if shifted else slice(None) for p, n in zip(corner, grid, strict=True))
+        y[_at(fine)] += part[_at(coarse)]
+    return y
+
+
+def _at(index: Sequence[int | slice]) -> Any:
+    """The last axes at ``index``, all of the others."""
+    return (..., *index)
+
+
+def _format(axes: int) -> torch.memory_format:
+    return torch.channels_last if axes == 2 else torch.channels_last_3d

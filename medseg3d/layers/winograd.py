@@ -1,0 +1,183 @@
+"""3D convolution on CPUs in fewer multiplications or passes than PyTorch's own, for passes without gradients.
+
+Winograd's minimal filtering (Winograd, "Arithmetic complexity of computations", SIAM 1980; Lavin and Gray, CVPR 2016)
+along the first spatial axis: m neighbouring slices of the output need m + r - 1 convolutions in the plane instead of
+m * r, of sums of input slices. The plane's convolutions are PyTorch's. A convolution of few channels, which PyTorch is
+slow at and leaves channels-first, is a matrix product over patches. Results differ from PyTorch's by rounding only.
+
+Shape legend: ``x_BC...`` is (batch, channels, D, H, W); a tile is m slices of the output, a point one of m + r - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medseg3d.layers.derived import Derived, is_plain_eager
+
+# (slices of a tile, taps): points of interpolation beside 0 and infinity, those of the smallest error among fractions
+# of small numbers, searched with random weights (after Barabasz et al., "Error analysis and improving the accuracy of
+# Winograd convolution", ACM TOMS 2020).
+POINTS: dict[tuple[int, int], tuple[float, ...]] = {
+    (4, 3): (1 / 2, -2, -2 / 3, 4 / 3),
+    (4, 5): (1, -1, 1 / 2, -1 / 2, 2, -2),
+}
+SLICES = 4
+# In bfloat16 a transformed convolution has twice the error of a plain one for 3 taps, four times for 5.
+TAPS = {torch.float32: (3, 5), torch.bfloat16: (3,)}
+# Measured: below these there is little to gain.
+FROM_VOXELS = 24**3
+FROM_CHANNELS_TIMES_TAPS = 80
+FEW_CHANNELS = 4
+WORKSPACE = 2**22  # values of transformed input at a time
+
+
+class Conv3d(nn.Conv3d):
+    """``nn.Conv3d`` that computes without gradients on a CPU as this module's docstring says."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        size = self.kernel_size[0]
+        cube = self.kernel_size == (size,) * 3 and self.padding == (size // 2,) * 3 and size % 2 == 1 and size > 1
+        unit = self.stride == (1, 1, 1) and self.dilation == (1, 1, 1) and self.groups == 1
+        self._keeps_size = cube and unit and self.padding_mode == "zeros"
+        self._transformed = Derived()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        if self._keeps_size:
+            return convolve(x, self.weight, self.bias, self._transformed)
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transformed: Derived) -> torch.Tensor:
+    """3D convolution of stride 1 with a cubic kernel of odd size that keeps the size of ``x_BC...``.
+
+    ``transformed`` keeps what was computed from ``weight``, whose memory it stands for.
+    """
+    if is_plain_eager() and x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype == weight.dtype:
+        y = None
+        if x.shape[1] <= FEW_CHANNELS:
+            y = convolve_patches(x, weight)
+        elif _gains(x, weight):
+            y = convolve_tiles(x, transformed(transform_weight, weight))
+        if y is not None:
+            return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
+    return F.conv3d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    taps = weight.shape[2]
+    if taps not in TAPS.get(x.dtype, ()) or x.shape[2] % SLICES:
+        return False
+    if x.dtype == torch.bfloat16 and _multiplies_bfloat16_in_tiles():
+        return False
+    wide = min(weight.shape[:2]) * taps >= FROM_CHANNELS_TIMES_TAPS
+    return wide and prod(x.shape[2:]) >= FROM_VOXELS and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@lru_cache
+def _multiplies_bfloat16_in_tiles() -> bool:
+    """Whether the processor has AMX: then bfloat16 is so fast that the transforms cost more than they save."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def convolve_patches(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolution of odd kernel that keeps the size, as one product of all patches of a slice with the weights.
+
+    Args:
+        x: (B, I, D, H, W).
+        weight: (O, I, r, r, r).
+
+    Returns:
+        (B, O, D, H, W), channels-last.
+    """
+    batch, _, depth, height, width = x.shape
+    outputs, _, *kernel = weight.shape
+    padded = F.pad(x, [k // 2 for k in reversed(kernel) for _ in range(2)])
+    patches = padded.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).unfold(4, kernel[2], 1)
+    matrix = weight.flatten(1).T
+    y = x.new_empty(batch, depth, height * width, outputs)
+    for image, result in zip(patches, y, strict=True):
+        for i in range(depth):
+            rows = image[:, i].permute(1, 2, 0, 3, 4, 5).reshape(height * width, -1)
+            torch.mm(rows, matrix, out=result[i])
+    return y.view(batch, depth, height, width, outputs).movedim(-1, 1)
+
+
+@lru_cache
+def transforms(slices: int, taps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Toom and Cook's matrices of the outputs (slices, P), the weights (P, taps) and the inputs (P, P), float64.
+
+    A filter of ``taps`` gives ``slices`` values from P = slices + taps - 1 as
+    outputs @ ((weights @ filter) * (inputs @ values)).
+    """
+    points = (0.0, *POINTS[slices, taps])
+
+    def powers(n: int) -> torch.Tensor:
+        """A polynomial of n coefficients at each point; at infinity it is its last coefficient."""
+        rows = [[point**i for i in range(n)] for point in points]
+        return torch.tensor([*rows, [0.0] * (n - 1) + [1.0]], dtype=torch.float64)
+
+    with torch.inference_mode(False):
+        return powers(slices).T, powers(taps), torch.linalg.inv(powers(len(points) + 1)).T
+
+
+def transform_weight(weight: torch.Tensor) -> list[torch.Tensor]:
+    """(O, I, r, r, r) -> for each point a weight (O, I, r, r) of a convolution in the plane."""
+    _, of_weights, _ = transforms(SLICES, weight.shape[2])
+    points = torch.einsum("pd,oidhw->poihw", of_weights, weight.double()).to(weight.dtype)
+    return [point.contiguous(memory_format=torch.channels_last) for point in points]
+
+
+def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Convolution that keeps the size, with the weights that ``transform_weight`` gives.
+
+    Args:
+        x: (B, I, D, H, W), channels-last; D is a multiple of ``SLICES``.
+        weights: (O, I, r, r) for each point.
+
+    Returns:
+        (B, O, D, H, W), channels-last.
+    """
+    batch, inputs, depth, height, width = x.shape
+    outputs, _, taps, _ = weights[0].shape
+    matrices = tuple(matrix.to(x.dtype) for matrix in transforms(SLICES, taps))
+    length = height * width * inputs
+    y = x.new_empty(batch, depth // SLICES, SLICES, height * width * outputs)
+    at_a_time = max(1, WORKSPACE // ((SLICES + taps - 1) * length))
+    for image, result in zip(x.movedim(1, -1), y, strict=True):
+        starts = range(0, len(result), at_a_time)
+        for start, out in zip(starts, result.split(at_a_time), strict=True):
+            tiles = _tiles(image.view(depth, length), start, len(out), taps)
+            sums = torch.bmm(matrices[2].expand(len(out), -1, -1), tiles)
+            products = [
+                _in_plane(plane.view(-1, height, width, inputs), weight)
+                for plane, weight in zip(sums.unbind(1), weights, strict=True)
+            ]
+            torch.bmm(matrices[0].expand(len(out), -1, -1), torch.stack(products, 1), out=out)
+    return y.view(batch, depth, height, width, outputs).movedim(-1, 1)
+
+
+def _tiles(slices: torch.Tensor, start: int, count: int, taps: int) -> torch.Tensor:
+    """(count, SLICES + taps - 1, ...) of input slices for consecutive tiles of the output, zeros beyond both ends."""
+    points, halo = SLICES + taps - 1, taps // 2
+    first, stop = start * SLICES - halo, (start + count) * SLICES + halo
+    inside = slices[max(0, first) : stop]
+    missing = (max(0, -first), max(0, stop - len(slices)))
+    if any(missing):
+        inside = F.pad(inside, (0, 0, *missing))
+    # Neighbouring tiles share taps - 1 slices.
+    return inside.as_strided((count, points, slices.shape[1]), (SLICES * slices.stride(0), slices.stride(0), 1))
+
+
+def _in_plane(plane: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y = F.conv2d(plane.movedim(-1, 1), weight, padding=weight.shape[-1] // 2)
+    return y.movedim(1, -1).reshape(len(y), -1)

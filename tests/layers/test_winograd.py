@@ -1,0 +1,94 @@
+"""Convolution in tiles and over patches against PyTorch's own in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from medseg3d.layers import winograd
+from medseg3d.layers.derived import Derived
+from medseg3d.layers.winograd import Conv3d, convolve, convolve_patches, convolve_tiles, transform_weight, transforms
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def image(*shape):
+    return random(*shape).contiguous(memory_format=torch.channels_last_3d)
+
+
+def exact(x, weight):
+    return F.conv3d(x.double(), weight.double(), padding=weight.shape[-1] // 2)
+
+
+@pytest.mark.parametrize("taps", [3, 5])
+def test_the_transforms_filter(taps):
+    outputs, weights, inputs = transforms(4, taps)
+    values, taps_ = random(4 + taps - 1).double(), random(taps, seed=1).double()
+    expected = F.conv1d(values.view(1, 1, -1), taps_.view(1, 1, -1)).flatten()
+    torch.testing.assert_close(outputs @ ((weights @ taps_) * (inputs @ values)), expected)
+
+
+@pytest.mark.parametrize("taps", [3, 5])
+@pytest.mark.parametrize("depth", [4, 8, 20])
+@pytest.mark.parametrize("workspace", [1, 2**22])
+def test_tiles(taps, depth, workspace, monkeypatch):
+    monkeypatch.setattr(winograd, "WORKSPACE", workspace)
+    x, weight = image(2, 6, depth, 9, 7), random(5, 6, taps, taps, taps, seed=1)
+    y = convolve_tiles(x, transform_weight(weight))
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    reference = exact(x, weight)
+    assert (y - reference).norm() < 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("taps", [3, 5])
+def test_patches(taps):
+    x, weight = random(2, 3, 5, 6, 7), random(4, 3, taps, taps, taps, seed=1)
+    y = convolve_patches(x, weight)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(y.double(), exact(x, weight), rtol=0, atol=1e-4)
+
+
+def test_the_module_follows_its_weights(monkeypatch):
+    monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    conv, x = Conv3d(32, 32, 3, padding=1), image(1, 32, 8, 6, 5)
+    for change in (
+        lambda: None,
+        lambda: conv.weight.mul_(2),
+        lambda: conv.load_state_dict(Conv3d(32, 32, 3).state_dict()),
+    ):
+        with torch.no_grad():
+            change()
+            expected = exact(x, conv.weight) + conv.bias.view(-1, 1, 1, 1)
+            torch.testing.assert_close(conv(x).double(), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(copy.deepcopy(conv)(x).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_what_does_not_keep_its_size_is_left_to_torch():
+    x = image(1, 4, 8, 8, 8)
+    for arguments in ({"stride": 2}, {"padding": 1, "dilation": 2}, {"padding": 1, "groups": 2}, {}):
+        conv = Conv3d(4, 4, 3, **arguments)
+        with torch.no_grad():
+            assert torch.equal(conv(x), torch.nn.Conv3d.forward(conv, x))
+
+
+def test_gradients_are_torch_s_own():
+    conv, x = Conv3d(32, 32, 3, padding=1), image(1, 32, 24, 24, 24)
+    with torch.no_grad():
+        fast = conv(x)
+    y = conv(x)
+    assert y.grad_fn is not None
+    torch.testing.assert_close(y, fast, rtol=0, atol=1e-4)
+
+
+def test_half_the_bits_cost_twice_the_error(monkeypatch):
+    monkeypatch.setattr(winograd, "_multiplies_bfloat16_in_tiles", lambda: False)
+    x, weight = image(1, 48, 24, 24, 24).bfloat16(), random(48, 48, 3, 3, 3, seed=1).bfloat16()
+    reference = exact(x, weight)
+    with torch.no_grad():
+        error = (convolve(x, weight, None, Derived()) - reference).norm() / reference.norm()
+    assert 2e-3 < error < 8e-3

@@ -50,7 +50,8 @@ class _AttentionWithLearnedBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_HNN: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, bias_HNN)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_HNN.expand(len(q), -1, -1, -1))
+        bias = bias_HNN.detach().expand(len(q), -1, -1, -1)  # with a gradient the fused kernel would not be taken
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     @staticmethod
     @once_differentiable

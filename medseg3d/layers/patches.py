@@ -151,21 +151,15 @@ class PatchConvolution(nn.Module):
         self.channels_last = math.prod(patch_size) <= SMALL_PATCH
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _rounds_as_convolution(x):
-            conv = CONV_FUNCTION[x.dim() - 2]
-            return conv(x, self.weight, self.bias, stride=self.patch_size).movedim(1, -1).contiguous()
+        if not torch.jit.is_scripting():
+            exact = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            if exact and torch.is_grad_enabled() and is_plain_eager():
+                # Rounded as references are: it decides on which side of a kink of the activations behind a voxel falls,
+                # which the output does not tell, but gradients do.
+                conv = CONV_FUNCTION[x.dim() - 2]
+                return conv(x, self.weight, self.bias, stride=self.patch_size).movedim(1, -1).contiguous()
         weight = self.weight.movedim(1, -1) if self.channels_last else self.weight
         return F.linear(patches(x, self.patch_size, self.channels_last), weight.flatten(1), self.bias)
-
-
-def _rounds_as_convolution(x: torch.Tensor) -> bool:
-    """Whether to pay for the rounding of a convolution, as references have it.
-
-    In float32 rounding decides on which side of a kink of the activations behind a voxel falls; the output does not
-    tell, but gradients do.
-    """
-    exact = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return exact and torch.is_grad_enabled() and is_plain_eager()
 
 
 class ConvPatchEmbedding(nn.Module):

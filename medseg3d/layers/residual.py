@@ -26,6 +26,7 @@ from medseg3d.layers.upsampling import (
     doubling,
     merged_pointwise_weight,
     merged_weight,
+    mix_channels,
 )
 from medseg3d.layers.winograd import convolve
 
@@ -41,8 +42,9 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
-    """``conv`` of kernel and stride 1 on ``x_BC...``, as one matrix product over the channels."""
-    return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+    """``conv`` of kernel and stride 1 on ``x_BC...``."""
+    y = mix_channels(x, conv.weight.flatten(1))
+    return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, *[1] * (x.dim() - 2))
 
 
 class _Named(nn.Sequential):
@@ -150,7 +152,7 @@ class UpBlock(nn.Module):
     def _merges(self, x: torch.Tensor) -> bool:
         wide = self.conv_block.conv2.conv.out_channels >= MERGE_FROM_CHANNELS
         large = prod(x.shape[2:]) >= MERGE_FROM_VOXELS
-        return wide and large and x.device.type == "cpu" and not torch.is_grad_enabled() and is_plain_eager()
+        return wide and large and x.device.type == "cpu" and is_plain_eager()
 
     def _convolve(self, skip: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if skip.dim() == 4:
@@ -166,7 +168,7 @@ class UpBlock(nn.Module):
         if not block.residual:
             return block.finish(y, None)
         projection = block.conv3.conv.weight
-        shortcut = F.linear(skip.movedim(1, -1), projection[:, channels:].flatten(1)).movedim(-1, 1)
+        shortcut = mix_channels(skip, projection[:, channels:].flatten(1))
         merged = self._merged_shortcut(lambda u, c: merged_pointwise_weight(u, c[:, :channels]), up, projection)
         return block.finish(y, add_upsampled_pointwise_(shortcut, x, merged))
 

@@ -11,14 +11,16 @@ Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from medseg3d.layers.convolution import TRANSPOSED_CONV
+from medseg3d.layers.derived import is_plain_eager
 
 CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 # Of the fine voxel 2 i + position, the tap of the kernel of 3 that meets the coarse voxel i + position - 1 + neighbour
@@ -62,22 +64,81 @@ def merged_pointwise_weight(up: torch.Tensor, conv: torch.Tensor) -> torch.Tenso
 def add_upsampled_conv_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Add to ``y_BO...`` what ``merged_weight`` makes of ``x_BI...``, which is half as long along each axis."""
     parts = CONV_FUNCTION[x.dim() - 2](x, weight, padding=1)
-    return _add_positions_(y, parts, x.shape[2:], shifted=True)
+    return _AddPositions.apply(y, parts.to(y.dtype), True)
 
 
 def add_upsampled_pointwise_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Add to ``y_BO...`` what ``merged_pointwise_weight`` makes of ``x_BI...``."""
-    parts = F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
-    return _add_positions_(y, parts, x.shape[2:], shifted=False)
+    parts = mix_channels(x, weight)
+    return _AddPositions.apply(y, parts.to(y.dtype), False)
 
 
-def _add_positions_(y: torch.Tensor, parts: torch.Tensor, grid: torch.Size, shifted: bool) -> torch.Tensor:
-    corners = itertools.product((0, 1), repeat=len(grid))
+def mix_channels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolution of kernel 1 as one matrix product: ``x_BI...`` and weight (O, I) to (B, O, ...), channels-last."""
+    if torch.is_grad_enabled() and is_plain_eager() and x.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):
+            x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
+        return _MixChannels.apply(x, weight)
+    return F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
+
+
+class _MixChannels(torch.autograd.Function):
+    """The product as a tensor of its own: what is computed in place on a view of one costs autograd copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        return grad_x, _rows(grad).T @ _rows(x) if ctx.needs_input_grad[1] else None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    shape = (len(x), len(weight), *x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, memory_format=_format(x.dim() - 2))
+    torch.mm(_rows(x), weight.T, out=_rows(y))
+    return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``x_BC...`` as (voxels, channels); no copy where it is channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+class _AddPositions(torch.autograd.Function):
+    """Add to ``y_BO...``, in place, the 2^n parts of ``parts_B(PO)...``, each at its position in the coarse voxels."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, parts: torch.Tensor, shifted: bool) -> torch.Tensor:
+        ctx.shape, ctx.shifted = parts.shape, shifted
+        for part, fine, coarse in _pairs(parts, y, shifted):
+            y[fine] += part[coarse]
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        memory_format = _format(len(ctx.shape) - 2)
+        grad_parts = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=memory_format).zero_()
+        for part, fine, coarse in _pairs(grad_parts, grad, ctx.shifted):
+            part[coarse] = grad[fine]
+        return grad, grad_parts, None
+
+
+def _pairs(parts: torch.Tensor, y: torch.Tensor, shifted: bool) -> Iterator[tuple[torch.Tensor, Any, Any]]:
+    """Each part, and the voxels of ``y`` and of the part that belong together."""
+    corners = itertools.product((0, 1), repeat=y.dim() - 2)
     for corner, part in zip(corners, parts.split(y.shape[1], dim=1), strict=True):
+        grid = [n // 2 for n in y.shape[2:]]
         fine = tuple(slice(position, None, 2) for position in corner)
         coarse = tuple(slice(p, p + n) if shifted else slice(None) for p, n in zip(corner, grid, strict=True))
-        y[_at(fine)] += part[_at(coarse)]
-    return y
+        yield part, _at(fine), _at(coarse)
 
 
 def _at(index: Sequence[int | slice]) -> Any:

@@ -1,4 +1,4 @@
-"""3D convolution on CPUs in fewer multiplications or passes than PyTorch's own, for passes without gradients.
+"""3D convolution on CPUs in fewer multiplications or passes than PyTorch's own.
 
 Winograd's minimal filtering (Winograd, "Arithmetic complexity of computations", SIAM 1980; Lavin and Gray, CVPR 2016)
 along the first spatial axis: m neighbouring slices of the output need m + r - 1 convolutions in the plane instead of
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from medseg3d.layers.derived import Derived, is_plain_eager
@@ -39,7 +40,7 @@ WORKSPACE = 2**22  # values of transformed input at a time
 
 
 class Conv3d(nn.Conv3d):
-    """``nn.Conv3d`` that computes without gradients on a CPU as this module's docstring says."""
+    """``nn.Conv3d`` that computes on a CPU as this module's docstring says."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -62,20 +63,51 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, t
 
     ``transformed`` keeps what was computed from ``weight``, whose memory it stands for.
     """
-    if is_plain_eager() and x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype == weight.dtype:
-        y = None
-        if x.shape[1] <= FEW_CHANNELS:
-            y = convolve_patches(x, weight)
-        elif _gains(x, weight):
-            y = convolve_tiles(x, transformed(transform_weight, weight))
+    if is_plain_eager() and x.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):
+            x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
+        records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        y = _convolve_and_record(x, weight) if records else _convolve(x, weight, transformed)
         if y is not None:
-            return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
+            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1, 1)
     return F.conv3d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, transformed: Derived) -> torch.Tensor | None:
+    if x.shape[1] <= FEW_CHANNELS and x.dtype == weight.dtype:
+        return convolve_patches(x, weight)
+    return convolve_tiles(x, transformed(transform_weight, weight)) if _gains(x, weight) else None
+
+
+def _convolve_and_record(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    # The gradient of the weights has no precision to spare.
+    return _Convolution.apply(x, weight) if x.dtype == torch.float32 and _gains(x, weight) else None
+
+
+class _Convolution(torch.autograd.Function):
+    """Convolution in tiles; so are both of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return convolve_tiles(x, transform_weight(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = convolve_tiles(grad, transform_weight(weight.flip(2, 3, 4).transpose(0, 1)))
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient_of_tiles(x, grad, weight.shape[2])
+        return grad_x, grad_weight
 
 
 def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
     taps = weight.shape[2]
-    if taps not in TAPS.get(x.dtype, ()) or x.shape[2] % SLICES:
+    if x.dtype != weight.dtype or taps not in TAPS.get(x.dtype, ()) or x.shape[2] % SLICES:
         return False
     if x.dtype == torch.bfloat16 and _multiplies_bfloat16_in_tiles():
         return False
@@ -104,12 +136,13 @@ def convolve_patches(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     padded = F.pad(x, [k // 2 for k in reversed(kernel) for _ in range(2)])
     patches = padded.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).unfold(4, kernel[2], 1)
     matrix = weight.flatten(1).T
-    y = x.new_empty(batch, depth, height * width, outputs)
-    for image, result in zip(patches, y, strict=True):
+    y = torch.empty(batch, outputs, depth, height, width, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    results = y.movedim(1, -1).view(batch, depth, height * width, outputs)
+    for image, result in zip(patches, results, strict=True):
         for i in range(depth):
             rows = image[:, i].permute(1, 2, 0, 3, 4, 5).reshape(height * width, -1)
             torch.mm(rows, matrix, out=result[i])
-    return y.view(batch, depth, height, width, outputs).movedim(-1, 1)
+    return y
 
 
 @lru_cache
@@ -151,9 +184,10 @@ def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Te
     outputs, _, taps, _ = weights[0].shape
     matrices = tuple(matrix.to(x.dtype) for matrix in transforms(SLICES, taps))
     length = height * width * inputs
-    y = x.new_empty(batch, depth // SLICES, SLICES, height * width * outputs)
+    y = torch.empty(batch, outputs, depth, height, width, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    results = y.movedim(1, -1).view(batch, depth // SLICES, SLICES, -1)
     at_a_time = max(1, WORKSPACE // ((SLICES + taps - 1) * length))
-    for image, result in zip(x.movedim(1, -1), y, strict=True):
+    for image, result in zip(x.movedim(1, -1), results, strict=True):
         starts = range(0, len(result), at_a_time)
         for start, out in zip(starts, result.split(at_a_time), strict=True):
             tiles = _tiles(image.view(depth, length), start, len(out), taps)
@@ -163,7 +197,35 @@ def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Te
                 for plane, weight in zip(sums.unbind(1), weights, strict=True)
             ]
             torch.bmm(matrices[0].expand(len(out), -1, -1), torch.stack(products, 1), out=out)
-    return y.view(batch, depth, height, width, outputs).movedim(-1, 1)
+    return y
+
+
+def weight_gradient_of_tiles(x: torch.Tensor, grad: torch.Tensor, taps: int) -> torch.Tensor:
+    """Gradient of the weights (O, I, r, r, r), computed point by point.
+
+    Args:
+        x: (B, I, D, H, W) that went in, channels-last; D is a multiple of ``SLICES``.
+        grad: (B, O, D, H, W) of what came out, channels-last.
+        taps: r.
+    """
+    inputs, depth, height, width = x.shape[1:]
+    outputs = grad.shape[1]
+    of_outputs, of_weights, of_inputs = (matrix.to(x.dtype) for matrix in transforms(SLICES, taps))
+    length = height * width * inputs
+    at_a_time = max(1, WORKSPACE // ((SLICES + taps - 1) * length))
+    by_point = x.new_zeros(SLICES + taps - 1, outputs, inputs, taps, taps)
+    for image, image_grad in zip(x.movedim(1, -1), grad.movedim(1, -1), strict=True):
+        slices, tiles_of_grad = image.view(depth, length), image_grad.view(depth // SLICES, SLICES, -1)
+        starts = range(0, len(tiles_of_grad), at_a_time)
+        for start, part in zip(starts, tiles_of_grad.split(at_a_time), strict=True):
+            tiles = _tiles(slices, start, len(part), taps)
+            sums = torch.bmm(of_inputs.expand(len(part), -1, -1), tiles)
+            sums_of_grad = torch.bmm(of_outputs.T.expand(len(part), -1, -1), part)
+            for point, plane, plane_grad in zip(by_point, sums.unbind(1), sums_of_grad.unbind(1), strict=True):
+                plane = plane.view(-1, height, width, inputs).movedim(-1, 1)
+                plane_grad = plane_grad.view(-1, height, width, outputs).movedim(-1, 1)
+                point += nn.grad.conv2d_weight(plane, point.shape, plane_grad, padding=taps // 2)
+    return torch.einsum("pd,poihw->oidhw", of_weights, by_point)
 
 
 def _tiles(slices: torch.Tensor, start: int, count: int, taps: int) -> torch.Tensor:

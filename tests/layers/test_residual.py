@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from medseg3d.layers import residual
+from medseg3d.layers import residual, winograd
 from medseg3d.layers.residual import ConvBlock, UpBlock
 from medseg3d.layers.upsampling import (
     add_upsampled_conv_,
@@ -55,6 +55,24 @@ def test_an_up_block_gives_the_same_either_way(axes, with_shortcut, monkeypatch)
         changed = block(x, skip)
         monkeypatch.setattr(residual, "MERGE_FROM_VOXELS", 10**9)
         torch.testing.assert_close(changed, block(x, skip), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_gradients_of_an_up_block_are_the_same_either_way(axes, with_shortcut, monkeypatch):
+    block = UpBlock(axes, 6, 4, "instance", with_shortcut)
+    x = random(2, 6, *[4] * axes).float().requires_grad_()
+    skip = random(2, 4, *[8] * axes, seed=1).float().requires_grad_()
+    inputs = [x, skip, *block.parameters()]
+    cotangent = random(2, 4, *[8] * axes, seed=2).float()
+    plain = torch.autograd.grad((block(x, skip) * cotangent).sum(), inputs)
+    monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setattr(winograd, "FROM_CHANNELS_TIMES_TAPS", 1)
+    monkeypatch.setattr(residual, "MERGE_FROM_VOXELS", 1)
+    monkeypatch.setattr(residual, "MERGE_FROM_CHANNELS", 1)
+    merged = torch.autograd.grad((block(x, skip) * cotangent).sum(), inputs)
+    for one, other in zip(merged, plain, strict=True):
+        assert (one - other).norm() < 1e-3 * other.norm()
 
 
 def test_a_strided_block_halves_the_size():

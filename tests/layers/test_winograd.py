@@ -76,13 +76,30 @@ def test_what_does_not_keep_its_size_is_left_to_torch():
             assert torch.equal(conv(x), torch.nn.Conv3d.forward(conv, x))
 
 
-def test_gradients_are_torch_s_own():
-    conv, x = Conv3d(32, 32, 3, padding=1), image(1, 32, 24, 24, 24)
-    with torch.no_grad():
-        fast = conv(x)
-    y = conv(x)
-    assert y.grad_fn is not None
-    torch.testing.assert_close(y, fast, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("taps", [3, 5])
+def test_gradients(taps, monkeypatch):
+    monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setattr(winograd, "WORKSPACE", 1)
+    conv, x = Conv3d(32, 40, taps, padding=taps // 2), image(2, 32, 12, 6, 5).requires_grad_()
+    y, cotangent = conv(x), random(2, 40, 12, 6, 5, seed=3)
+    assert "_Convolution" in y.grad_fn.next_functions[0][0].name()
+    inputs = [x, conv.weight, conv.bias]
+    got = torch.autograd.grad((y * cotangent).sum(), inputs)
+    exactly = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=taps // 2)
+    expected = torch.autograd.grad((exactly * cotangent).sum(), inputs)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_autocast_computes_in_its_own_type(monkeypatch):
+    monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    conv, x = Conv3d(32, 32, 3, padding=1), image(1, 32, 8, 6, 5)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        assert y.dtype == torch.bfloat16
+        reference = exact(x, conv.weight) + conv.bias.view(-1, 1, 1, 1)
+        assert (y - reference).norm() < 0.02 * reference.norm()
 
 
 def test_half_the_bits_cost_twice_the_error(monkeypatch):

@@ -13,6 +13,9 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged, SaveImage, SaveImaged
 
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle
+from medseg3d.checkpoints import CheckpointMismatch, load_checkpoint
+from medseg3d.checkpoints.files import read_weights
+from medseg3d.checkpoints.merging import mergings, order_of
 from medseg3d.compatibility import adapt_network
 from medseg3d.errors import in_words
 from medseg3d.inference.device import resolve_device
@@ -25,7 +28,10 @@ _POSTPROCESSING = ("postprocessing", "post_transforms")
 
 
 def load_model(
-    model: str | Path = DEFAULT_MODEL, device: str | torch.device = "auto", trust: bool = False
+    model: str | Path = DEFAULT_MODEL,
+    device: str | torch.device = "auto",
+    trust: bool = False,
+    compile: bool = False,
 ) -> Segmenter:
     """Load a model once, to segment many scans with it.
 
@@ -34,6 +40,7 @@ def load_model(
         device: "auto", "cpu", "gpu", "gpu:N", "cuda:N" or "mps".
         trust: a bundle's configs and scripts are code that runs here. Models that ship with medseg3d run without
             asking; for every other one say ``trust=True`` once you know where it comes from.
+        compile: compile the network, see :class:`medseg3d.segmenter.Segmenter`.
 
     Raises:
         ValueError: no such model, no such device, or a bundle that cannot segment.
@@ -46,12 +53,12 @@ def load_model(
     table = LabelTable(bundle.labels)
     with _importable(bundle.path):
         parser = _parser(bundle, torch_device)
-        notes = _adapt(parser, bundle)
-        network = _resolved(parser, bundle, "network", "network_def")
+        network, notes = _network(parser, bundle)
         preprocessing = _resolved(parser, bundle, *_PREPROCESSING)
         postprocessing = _resolved(parser, bundle, *_POSTPROCESSING)
         inferer = _resolved(parser, bundle, "inferer")
-    weights = _load_weights(network, bundle)
+    weights = bundle.path / "models" / "model.pt"
+    notes += _load_weights(network, weights, bundle)
     return Segmenter(
         network=network.to(torch_device).eval(),
         preprocessing=_from_memory(preprocessing, bundle),
@@ -63,6 +70,7 @@ def load_model(
         expects_hu=bundle.input_format.get("format") == "hounsfield",
         record=model_record(bundle.name, bundle.version, bundle.path, weights),
         notes=notes,
+        compile=compile,
     )
 
 
@@ -82,13 +90,23 @@ def _parser(bundle: BundleInfo, device: torch.device) -> ConfigParser:
     return parser
 
 
-def _adapt(parser: ConfigParser, bundle: BundleInfo) -> list[str]:
-    network = parser.get("network_def")
-    if not isinstance(network, Mapping):
-        return []
-    adapted, notes = adapt_network(network, str(bundle.metadata.get("monai_version", "")))
-    parser["network_def"] = adapted
-    return notes
+def _network(parser: ConfigParser, bundle: BundleInfo) -> tuple[torch.nn.Module, list[str]]:
+    """The network without its weights, and what was adapted to build it."""
+    config = parser.get("network_def")
+    if not isinstance(config, Mapping):
+        return _resolved(parser, bundle, "network", "network_def"), []
+    version = str(bundle.metadata.get("monai_version", ""))
+    parser["network_def"], notes = adapt_network(config, version)
+    try:
+        return _resolved(parser, bundle, "network", "network_def"), notes
+    except ValueError as refusal:
+        as_in_monai, notes = adapt_network(config, version, prefer_own=False)
+        if parser["network_def"]["_target_"] == as_in_monai["_target_"]:
+            raise
+        # MONAI's class takes what ours does not know, such as rarer norms and activations.
+        parser["network_def"] = as_in_monai
+        notes.append(f"MONAI's network is used; medseg3d's own cannot be: {in_words(refusal.__cause__ or refusal)}")
+        return _resolved(parser, bundle, "network", "network_def"), notes
 
 
 def _resolved(parser: ConfigParser, bundle: BundleInfo, *names: str) -> Any:
@@ -105,35 +123,27 @@ def _resolved(parser: ConfigParser, bundle: BundleInfo, *names: str) -> Any:
     raise ValueError(f"{bundle.name}: its inference config defines no {wanted}, which medseg3d needs")
 
 
-def _load_weights(network: torch.nn.Module, bundle: BundleInfo) -> Path:
-    """Fill the network from models/model.pt: a plain state_dict, or one under "model" or "state_dict"."""
-    path = bundle.path / "models" / "model.pt"
+def _load_weights(network: torch.nn.Module, path: Path, bundle: BundleInfo) -> list[str]:
+    """Fill the whole network from a file of any layout that is known; what there is to tell about it."""
     if not path.is_file():
         raise FileNotFoundError(f"the weights of {bundle.name} are missing: there is no {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile and torch each raise their own
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}): it must be a dictionary of plain tensors, whole, and not "
-            "a Git LFS pointer"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} must hold a dictionary of tensors (a state_dict), got a {type(state).__name__}")
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    wanted = network.state_dict()
-    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shapes = [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
-    if missing or left or shapes:
-        raise ValueError(
-            f"the weights of {bundle.name} do not fit its network: {len(missing)} parameters are missing "
-            f"(such as {missing[:1]}), {len(left)} are left over (such as {left[:1]}), "
-            f"{len(shapes)} have another shape (such as {shapes[:1]}); they belong to another network or MONAI version"
+        # How a network merges patches, its config and the metadata say, unless the file itself does.
+        built = order_of(network)
+        recorded = read_weights(path).record.get("merging_order") if mergings(network) else None
+        report = load_checkpoint(network, path, scope="", merging_order="auto" if recorded else built or "legacy")
+    except CheckpointMismatch as error:
+        reason = "; ".join([*error.report.problems(), *error.report.advice]) or str(error)
+        raise ValueError(f"the weights of {bundle.name} do not fit its {error.report.network}: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"the weights of {bundle.name} cannot be read: {error}") from error
+    notes = [note for note in report.notes if not note.endswith(": as asked")]
+    if recorded not in (None, built):
+        notes.append(
+            f"the bundle's config and the MONAI release that its metadata names mean the order {built!r}, but the "
+            "weights were saved with another, which is used"
         )
-    network.load_state_dict(state)
-    return path
+    return notes
 
 
 def _from_memory(preprocessing: Any, bundle: BundleInfo) -> Compose:

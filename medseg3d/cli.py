@@ -14,18 +14,17 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg3d import __version__
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle, shipped_bundles
+from medseg3d.cli_arguments import OUTPUT_TYPES, argument_parser
 from medseg3d.errors import in_words, is_out_of_memory
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
 _CLEAR_LINE = "\r\x1b[K"  # of a terminal, where progress may stand
-OUTPUT_TYPES = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha"}
 
 
 class UsageError(Exception):
@@ -56,7 +55,7 @@ def predict(args: argparse.Namespace) -> int:
 
     stopwatch = Stopwatch()
     with stopwatch.stage("load model"):
-        segmenter = load_model(bundle.path, args.device, trust=trust)
+        segmenter = load_model(bundle.path, args.device, trust=trust, compile=args.compile)
     for note in segmenter.notes:
         _say(f"note: {note}")
     outcomes = []
@@ -201,119 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="medseg3d",
-        description="Segment 3D medical images. Research software: not for clinical decisions.",
-        epilog="Exit codes: 0 done, 1 error, 2 usage or nothing matched, 4 some cases failed, 5 out of memory.",
-    )
-    parser.add_argument("--version", action="version", version=f"medseg3d {__version__}")
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_predict(verbs)
-    _add_evaluate(verbs)
-    _add_train(verbs)
-    one = _verb(verbs, "models", models, "list the models that ship, or tell about one")
-    one.add_argument("action", nargs="?", choices=("list", "info"), default="list", help="what to do (default: list)")
-    one.add_argument("name", nargs="?", help="for info: a model's name, or a bundle's folder or zip")
-    one.add_argument("--json", action="store_true", help="print JSON")
-    one = _verb(verbs, "doctor", doctor, "check this installation: versions, devices, known bad combinations")
-    one.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def _add_predict(verbs: Any) -> None:
-    verb = _verb(verbs, "predict", predict, "segment CT scans")
-    verb.add_argument(
-        "-i", "--input", nargs="+", required=True, metavar="SCAN",
-        help="NIfTI, NRRD or MHA file, DICOM folder or zip, folder of these, or pattern; several are taken",
-    )  # fmt: skip
-    verb.add_argument(
-        "-o", "--output", required=True, metavar="PATH",
-        help="file (.nii.gz, .nii, .nrrd, .mha) for one scan, else a folder; files there are named <scan>_seg",
-    )  # fmt: skip
-    verb.add_argument(
-        "-m",
-        "--model",
-        default=DEFAULT_MODEL,
-        help=f"name, or folder or zip of a MONAI bundle (default: {DEFAULT_MODEL})",
-    )
-    _add_device(verb)
-    verb.add_argument(
-        "-s", "--statistics", action="store_true", help="write volume, HU and place of each organ, as JSON and CSV"
-    )
-    verb.add_argument(
-        "-p", "--preview", action="store_true", help="write a PNG of three planes with the organs in colour"
-    )
-    verb.add_argument("-rp", "--report", nargs="?", const="", metavar="PATH", help="write a JSON record of the run")
-    verb.add_argument(
-        "-ot",
-        "--output-type",
-        choices=sorted(OUTPUT_TYPES),
-        default="nifti",
-        help="format in a folder (default: nifti)",
-    )
-    verb.add_argument(
-        "--resume", action="store_true", help="pass over cases in the output folder that an earlier run finished"
-    )
-    verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
-    _add_trust(verb)
-
-
-def _add_evaluate(verbs: Any) -> None:
-    verb = _verb(verbs, "evaluate", evaluate, "compare segmentations with references: Dice, NSD, HD95, volume error")
-    verb.add_argument("-p", "--predictions", required=True, metavar="PATH", help="file or folder of segmentations")
-    verb.add_argument(
-        "-r", "--references", required=True, metavar="PATH", help="file or folder of reference label maps"
-    )
-    verb.add_argument("-o", "--output", metavar="CSV", help="write a row for each case and label")
-    verb.add_argument("--labels", metavar="JSON", help='label names, {"1": "brainstem", ...}')
-    verb.add_argument("-m", "--model", help="take the label names of this model")
-    verb.add_argument("--manifest", help="a data manifest that says which organs each case has; others are not counted")
-    verb.add_argument(
-        "--nsd-tolerance",
-        type=float,
-        default=2.0,
-        metavar="MM",
-        help="tolerance of the surface Dice in mm (default: 2)",
-    )
-
-
-def _add_train(verbs: Any) -> None:
-    verb = _verb(
-        verbs, "train", train, "train a bundle's network with its train.json; a stopped run goes on where it was"
-    )
-    verb.add_argument("-m", "--model", default=DEFAULT_MODEL, help="name or folder of a bundle with configs/train.json")
-    verb.add_argument(
-        "--dataset-dir", required=True, metavar="DIR", help="folder that the bundle's data manifest starts from"
-    )
-    verb.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder for checkpoints; run again to resume"
-    )
-    verb.add_argument("--epochs", type=int, help="train to this epoch (default: the bundle's)")
-    _add_device(verb)
-    _add_trust(verb)
-
-
-def _verb(verbs: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    verb.set_defaults(function=function)
-    verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    verb.add_argument("-v", "--verbose", action="store_true", help="more messages, and the traceback of an error")
-    return verb
-
-
-def _add_device(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "-d",
-        "--device",
-        default=os.environ.get("MEDSEG3D_DEVICE", "auto"),
-        help="auto, cpu, gpu, gpu:N, cuda:N or mps (default: auto)",
-    )
-
-
-def _add_trust(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
-    )
+    functions = (predict, evaluate, train, models, doctor)
+    return argument_parser({function.__name__: function for function in functions})
 
 
 def _with_dashes(argv: Sequence[str]) -> list[str]:
@@ -367,7 +255,7 @@ def _write_report(
         cases=[outcome.record() for outcome in outcomes],
         device=segmenter.describe_device(),
         threads=torch.get_num_threads(),
-        options={"allow_non_hu": args.allow_non_hu, "resume": args.resume},
+        options={"allow_non_hu": args.allow_non_hu, "resume": args.resume, "compile": args.compile},
         seconds=seconds,
         device_peak_memory_mb=torch.cuda.max_memory_allocated(segmenter.device) / 2**20 if cuda else None,
         warnings=segmenter.notes,

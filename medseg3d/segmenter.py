@@ -5,7 +5,9 @@ Shape legend: arrays are (D, H, W); image_BCDHW and logits_BKDHW go through the 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,9 @@ import numpy as np
 import torch
 
 from medseg3d.data.checks import check_ct, check_voxels
+from medseg3d.errors import in_words
 from medseg3d.inference.device import device_name
+from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.io import LabelTable, as_volume, write_label_map
 from medseg3d.report.preview import preview, write_preview
 from medseg3d.report.run import Stopwatch
@@ -81,6 +85,8 @@ class Segmenter:
         expects_hu: whether the input must be a CT in Hounsfield units.
         record: what a run report says of the model.
         notes: what was adapted when the model was loaded.
+        compile: give the inferer the network through ``torch.compile``. That takes minutes at the first window and
+            makes those after it faster; where it fails, the network runs as it is and a warning tells why.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Segmenter:
         expects_hu: bool = True,
         record: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        compile: bool = False,
     ) -> None:
         self.network = network
         self.preprocessing = preprocessing
@@ -106,6 +113,7 @@ class Segmenter:
         self.expects_hu = expects_hu
         self.record = dict(record or {})
         self.notes = tuple(notes)
+        self._compiled: Any = torch.compile(network) if compile else None
 
     @property
     def labels(self) -> dict[int, str]:
@@ -143,11 +151,12 @@ class Segmenter:
                 check_voxels(volume)
         with stage("preprocess"):
             data = self.preprocessing({"image": _meta_tensor(volume)})
-        with stage("network"), torch.inference_mode():
-            image_BCDHW = data["image"][None].to(self.device)
-            data["pred"] = self.inferer(image_BCDHW, self.network)[0].cpu()
-        with stage("postprocess"):
-            labels = self._label_map(self.postprocessing(data)["pred"], volume)
+        with keep_freed_memory() if self.device.type == "cpu" else nullcontext():
+            with stage("network"), torch.inference_mode():
+                data["pred"] = self._infer(data["image"][None].to(self.device), warnings)
+            with stage("postprocess"):
+                labels = self._label_map(self.postprocessing(data)["pred"], volume)
+            del data  # what the windows left is given back too
         if not labels.any():
             warnings.append(f"nothing was found: does the scan show the part of the body that {self.name} is made for?")
         return Segmentation(
@@ -165,6 +174,20 @@ class Segmenter:
     def describe_device(self) -> str:
         """Where the network runs, for reports."""
         return device_name(self.device)
+
+    def _infer(self, image_BCDHW: torch.Tensor, warnings: list[str]) -> torch.Tensor:
+        """What the inferer makes of an image (K, D, H, W), on the CPU."""
+        failure = ""
+        if self._compiled is not None:
+            try:
+                return self.inferer(image_BCDHW, self._compiled)[0].cpu()
+            except Exception as error:  # of the tracer, of a compiler, or the bundle's own, which comes again below
+                failure = textwrap.shorten(in_words(error), 200, placeholder=" ...")
+        prediction_KDHW = self.inferer(image_BCDHW, self.network)[0].cpu()
+        if failure:
+            self._compiled = None
+            warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
+        return prediction_KDHW
 
     def _label_map(self, prediction: torch.Tensor, volume: Volume) -> np.ndarray:
         """(D, H, W) labels; an error unless the bundle brought its prediction back to the input's own grid."""

@@ -13,12 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import UNETR, SwinUNETR
 
 from medseg3d.bundle import load_model
 from medseg3d.catalogue import UntrustedBundle
 from tests import tiny_bundles as tiny
-from tests.parity.golden import GoldenModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,37 +138,6 @@ def test_each_bundle_has_its_own_scripts(ct_file, tmp_path):
     assert "scripts" not in sys.modules and not {str(tmp_path / "b0.05"), str(tmp_path / "b0.8")} & set(sys.path)
 
 
-# Networks of old
-
-
-def test_swin_unetr_of_monai_1_3(shared, tmp_path):
-    """A zoo bundle with img_size, from its config to the numbers of MONAI 1.3 for the whole network."""
-    golden = GoldenModel(shared("golden", "3d", "models"), "swin_f12_legacy")
-    network = {"_target_": "SwinUNETR", "img_size": [64, 64, 32], "in_channels": 1, "out_channels": 2}
-    config = tiny.zoo_config(network | {"feature_size": 12}, roi_size=(64, 64, 32))
-    state = golden.prepare(SwinUNETR(1, 2, feature_size=12)).state_dict()
-    folder = tiny.write_bundle(tmp_path / "swin_unetr", config, state, ("background", "spleen"), monai_version="1.3.0")
-    model = load(folder)
-    assert [note.split(":")[0] for note in model.notes] == ["SwinUNETR", "SwinUNETR"]
-    with torch.no_grad():
-        golden.check_output("y", model.network(golden.input()))
-    assert labels(model, (tiny.ct()[:16, :16, :12], tiny.LPS)).shape == (16, 16, 12)
-
-
-def test_unetr_with_pos_embed(ct_file, tmp_path):
-    arguments = {"in_channels": 1, "out_channels": 3, "img_size": [16, 16, 16], "feature_size": 4}
-    arguments |= {"hidden_size": 24, "mlp_dim": 24, "num_heads": 2}
-    torch.manual_seed(0)
-    today = UNETR(**arguments, proj_type="perceptron").eval()
-    config = tiny.zoo_config({"_target_": "UNETR", **arguments, "pos_embed": "perceptron"}, roi_size=(16, 16, 16))
-    model = load(tiny.write_bundle(tmp_path / "unetr", config, today.state_dict(), monai_version="1.0.0"))
-    assert model.notes == ("UNETR: the argument pos_embed is now called proj_type",)
-    x = torch.randn(1, 1, 16, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(model.network(x), today(x), rtol=0, atol=0)
-    labels(model, ct_file)
-
-
 # What cannot run
 
 
@@ -195,6 +162,7 @@ def without(*names):
 
 FOREGROUND = {"pred": {"channel_def": {"0": "background", "1": "spleen"}}}
 OTHER = {"other.weight": torch.zeros(3)}
+NOT_FINITE = {key: value / 0 if value.is_floating_point() else value for key, value in tiny.unet_state().items()}
 WRONG_SHAPE = {key: value[..., :1] if value.dim() > 1 else value for key, value in tiny.unet_state().items()}
 
 
@@ -202,8 +170,9 @@ WRONG_SHAPE = {key: value[..., :1] if value.dim() > 1 else value for key, value 
     ("options", "error", "reason"),
     [
         ({"state": None}, FileNotFoundError, r"weights of b are missing: there is no .*model\.pt"),
-        ({"state": OTHER}, ValueError, r"do not fit its network: \d+ parameters are missing .*1 are left over"),
-        ({"state": WRONG_SHAPE}, ValueError, r"do not fit its network: 0 .* have another shape"),
+        ({"state": OTHER}, ValueError, r"weights of b do not fit its UNet: missing in the file: .*; left over in"),
+        ({"state": WRONG_SHAPE}, ValueError, r"weights of b do not fit its UNet: of another shape: "),
+        ({"state": NOT_FINITE}, ValueError, r"weights of b do not fit its UNet: with NaN, infinity"),
         ({"edit": without("inferer")}, ValueError, "defines no 'inferer'"),
         ({"edit": without("network", "network_def")}, ValueError, "defines no 'network' or 'network_def'"),
         ({"edit": without("preprocessing")}, ValueError, "defines no 'preprocessing' or 'pre_transforms'"),
@@ -237,7 +206,7 @@ def test_what_cannot_be_loaded_says_why(options, error, reason, tmp_path):
         ("configs/inference.json", "{", r"inference\.json cannot be read"),
         ("configs/metadata.json", None, "not a MONAI Bundle"),
         ("configs/metadata.json", '{"version"', "not valid JSON"),
-        ("models/model.pt", "", r"model\.pt cannot be read"),
+        ("models/model.pt", "", r"the weights of b cannot be read: .*model\.pt is empty"),
         ("models/model.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
     ],
 )
@@ -258,19 +227,26 @@ def test_damaged_yaml(tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("saved", [torch.nn.Conv3d(1, 2, 1), [torch.zeros(2)]])
-def test_weights_that_are_no_dictionary_of_tensors(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "reason"),
+    [
+        (torch.nn.Conv3d(1, 2, 1), "holds code or objects other than tensors"),
+        ([torch.zeros(2)], "holds no tensors by name"),
+    ],
+)
+def test_weights_that_are_no_dictionary_of_tensors(saved, reason, tmp_path):
     folder = tiny.write_zoo_bundle(tmp_path / "b")
     torch.save(saved, folder / "models" / "model.pt")
-    with pytest.raises(ValueError, match="dictionary of"):
+    with pytest.raises(ValueError, match=f"the weights of b cannot be read: .*{reason}") as caught:
         load(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_half_of_the_weights(tmp_path):
     folder = tiny.write_zoo_bundle(tmp_path / "b")
     path = folder / "models" / "model.pt"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"model\.pt cannot be read"):
+    with pytest.raises(ValueError, match=r"the weights of b cannot be read: .*model\.pt is damaged or was cut short"):
         load(folder)
 
 

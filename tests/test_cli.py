@@ -32,6 +32,7 @@ FLAGS = {
         "-rp --report",
         "-ot --output-type",
         "--resume",
+        "--compile",
         "--allow-non-hu",
         "--trust",
     },
@@ -207,7 +208,7 @@ def test_report(predict, ct_file, tmp_path):
     assert {"python", "torch", "monai", "numpy"} <= report["versions"].keys()
     assert report["model"]["name"] == "bone_ct_threshold" and len(report["model"]["weights_sha256"]) == 64
     assert report["device"] == "cpu" and report["threads"] >= 1 and report["peak_memory_mb"] > 50
-    assert report["options"] == {"allow_non_hu": True, "resume": False}
+    assert report["options"] == {"allow_non_hu": True, "resume": False, "compile": False}
     assert set(report["seconds"]) == {"load model", "cases"}
     (case,) = report["cases"]
     assert case["error"] is None and case["grid"]["shape"] == list(tiny.SHAPE)
@@ -292,6 +293,27 @@ def test_notes_and_warnings_go_to_stderr(run, bundles, tmp_path, monkeypatch):
     assert code == 0 and out == [str(tmp_path / "seg.nii.gz")]
     assert err[0] == "note: UNETR: the argument pos_embed is now called proj_type"
     assert err[-1].startswith("warning: ct: nothing was found")
+
+
+def test_compile(predict, ct_file, tmp_path, monkeypatch):
+    """It reaches PyTorch, and that it cannot be done is told in one line."""
+    networks = []
+
+    def compile(network):
+        networks.append(network)
+
+        def fail(*arguments):
+            raise RuntimeError("no compiler\nanywhere")
+
+        return fail
+
+    monkeypatch.setattr("torch.compile", compile)
+    code, out, err = predict(ct_file, tmp_path / "seg.nii.gz", "--compile", "-rp")
+    assert code == 0 and out[0] == str(tmp_path / "seg.nii.gz") and len(networks) == 1
+    (line,) = err
+    assert line.startswith("warning: ct: the network could not be compiled") and line.endswith("no compiler anywhere")
+    assert json.loads((tmp_path / "seg.run.json").read_text())["options"]["compile"] is True
+    assert predict(ct_file, tmp_path / "again.nii.gz")[0] == 0 and len(networks) == 1
 
 
 def test_a_tilted_series_as_folder_and_as_zip(predict, shared, tmp_path):

@@ -17,13 +17,13 @@ FLOORS = [
     {"interpolation", "resources", "version", "errors"},
     {"geometry"},
     {"volume"},
-    {"io", "layers", "losses", "metrics", "catalogue", "compatibility"},
+    {"io", "layers", "losses", "metrics", "catalogue"},
     {"data", "networks", "flops"},
-    {"inference", "checkpoints"},
+    {"inference", "checkpoints", "compatibility"},
     {"report"},
     {"training", "segmenter", "batch"},
     {"bundle", "compare"},
-    {"medseg3d", "doctor"},
+    {"medseg3d", "doctor", "cli_arguments"},
     {"cli"},
     {"__main__"},
 ]
@@ -38,6 +38,8 @@ ONLY = {
     "data": {"io", "volume", "geometry", "resources"},
     "networks": {"layers"},
     "checkpoints": {"io", "layers", "networks", "version"},
+    "compatibility": {"layers", "networks"},
+    "cli_arguments": {"catalogue", "version"},
     "inference": {"io", "volume", "geometry"},  # networks and transforms arrive as callables
 }
 THIRD_PARTY_ONLY = {

@@ -7,7 +7,7 @@ PyTorch's kernel knows no channels-last layout and copies the tensor twice; its 
 arithmetic for one image, but sums up 10^6 voxels in sequence, which costs four digits in float32. Here the statistics
 are collected in pieces and merged in float64, and batch norm's kernels do the rest.
 
-Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spatial axes; rows are (voxels, channels).
+Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spatial axes; voxels are (voxels, channels).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.layout import channels_last, is_channels_last, rows
 
 PIECE = 8192  # voxels summed up at a time
-MEMORY_FORMAT = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class InstanceNorm(nn.Module):
@@ -79,22 +79,17 @@ def _has_kernels(x: torch.Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and is_plain_eager()
-        and x.is_contiguous(memory_format=MEMORY_FORMAT[x.dim()])
+        and is_channels_last(x)
         and x[0, 0].numel() > 1
     )
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The voxels of one channels-last image ``x_1C...`` as (voxels, channels), in the same memory."""
-    return x.movedim(1, -1).view(-1, x.shape[1])
-
-
-def _statistics(rows: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(voxels: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each channel's group, float32 (C,), merged from the statistics of pieces."""
-    pieces = rows.split(PIECE)
+    pieces = voxels.split(PIECE)
     means, variances = zip(*(torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in pieces), strict=True)
     mean_PC, variance_PC = torch.stack(means).double(), torch.stack(variances).double()
-    share_P1 = torch.tensor([[len(piece) / len(rows)] for piece in pieces], dtype=torch.float64)
+    share_P1 = torch.tensor([[len(piece) / len(voxels)] for piece in pieces], dtype=torch.float64)
     mean = (share_P1 * mean_PC).sum(0)
     square = (share_P1 * (variance_PC + (mean_PC - mean).square())).sum(0) + mean.square()
     size = len(mean) // groups
@@ -124,20 +119,20 @@ def _standardize_(
     channels = x.shape[1]
     inverse_deviation = torch.empty(len(x), channels)
     for image, inverse in zip(x.split(1), inverse_deviation, strict=True):
-        rows = _rows(image)
-        mean, variance = _statistics(rows, groups)
+        voxels = rows(image)
+        mean, variance = _statistics(voxels, groups)
         torch.rsqrt(variance + eps, out=inverse)
         scale = inverse if weight is None else inverse * weight
-        _scale_and_shift_(rows, scale, -mean * scale if bias is None else bias - mean * scale)
+        _scale_and_shift_(voxels, scale, -mean * scale if bias is None else bias - mean * scale)
     return inverse_deviation
 
 
-def _scale_and_shift_(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> None:
-    """``rows * scale + shift`` in place, float32 numbers a channel on rows of any precision, by batch norm's kernel."""
+def _scale_and_shift_(voxels: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> None:
+    """``voxels * scale + shift`` in place, with float32 numbers a channel on voxels of any precision."""
     zero, one = torch.zeros(len(scale)), torch.ones(len(scale))
     unused = torch.empty(0), torch.empty(0)
     shift = zero if shift is None else shift.float()
-    torch.native_batch_norm(rows, scale.float(), shift, zero, one, False, 0.0, 0.0, out=(rows, *unused))
+    torch.native_batch_norm(voxels, scale.float(), shift, zero, one, False, 0.0, 0.0, out=(voxels, *unused))
 
 
 class _NormalizeAndActivate(torch.autograd.Function):
@@ -164,7 +159,7 @@ class _NormalizeAndActivate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         y, residual, inverse_deviation = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=MEMORY_FORMAT[grad.dim()])
+        grad = channels_last(grad)
         if ctx.slope is None:
             normalized = y.clone(memory_format=torch.preserve_format)
         else:
@@ -173,7 +168,7 @@ class _NormalizeAndActivate(torch.autograd.Function):
         if residual is not None:
             normalized -= residual
         for image, image_grad, inverse in zip(normalized.split(1), grad.split(1), inverse_deviation, strict=True):
-            _gradient_(_rows(image), _rows(image_grad), inverse)
+            _gradient_(rows(image), rows(image_grad), inverse)
         return normalized, None if residual is None else grad.to(residual.dtype), None, None
 
 

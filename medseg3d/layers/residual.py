@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from medseg3d.layers.convolution import CONV, NameAndArguments, norm_layer
 from medseg3d.layers.derived import Derived, is_plain_eager
-from medseg3d.layers.normalization import MEMORY_FORMAT, normalize_and_activate
+from medseg3d.layers.layout import channels_last
+from medseg3d.layers.normalization import normalize_and_activate
 from medseg3d.layers.upsampling import (
     add_upsampled_conv_,
     add_upsampled_pointwise_,
@@ -34,11 +35,6 @@ SLOPE = 0.01  # of the leaky ReLU
 # Merging the upsampling with its convolution pays for wide layers on large grids (measured on CPUs).
 MERGE_FROM_VOXELS = 32**3
 MERGE_FROM_CHANNELS = 32
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """``x_BC...`` in channels-last memory format; no copy where it is already."""
-    return x.contiguous(memory_format=MEMORY_FORMAT[x.dim()])
 
 
 def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from medseg3d.layers.convolution import TRANSPOSED_CONV
 from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.layout import MEMORY_FORMAT, channels_last, rows
 
 CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
 # Of the fine voxel 2 i + position, the tap of the kernel of 3 that meets the coarse voxel i + position - 1 + neighbour
@@ -51,7 +52,7 @@ def merged_weight(up: torch.Tensor, conv: torch.Tensor) -> torch.Tensor:
         for pairs in itertools.product(*(_TAPS[pair] for pair in zip(position, neighbour, strict=True))):
             taps, halves = zip(*pairs, strict=True)
             merged[p][_at(neighbour)] += fine[_at(taps)] @ coarse[_at(halves)].T
-    return merged.flatten(0, 1).to(conv.dtype).contiguous(memory_format=_format(axes))
+    return channels_last(merged.flatten(0, 1).to(conv.dtype))
 
 
 def merged_pointwise_weight(up: torch.Tensor, conv: torch.Tensor) -> torch.Tensor:
@@ -95,19 +96,14 @@ class _MixChannels(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        return grad_x, _rows(grad).T @ _rows(x) if ctx.needs_input_grad[1] else None
+        return grad_x, rows(grad).T @ rows(x) if ctx.needs_input_grad[1] else None
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     shape = (len(x), len(weight), *x.shape[2:])
-    y = torch.empty(shape, dtype=x.dtype, memory_format=_format(x.dim() - 2))
-    torch.mm(_rows(x), weight.T, out=_rows(y))
+    y = torch.empty(shape, dtype=x.dtype, memory_format=MEMORY_FORMAT[x.dim()])
+    torch.mm(rows(x), weight.T, out=rows(y))
     return y
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``x_BC...`` as (voxels, channels); no copy where it is channels-last."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 class _AddPositions(torch.autograd.Function):
@@ -124,8 +120,7 @@ class _AddPositions(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        memory_format = _format(len(ctx.shape) - 2)
-        grad_parts = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=memory_format).zero_()
+        grad_parts = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=MEMORY_FORMAT[grad.dim()]).zero_()
         for part, fine, coarse in _pairs(grad_parts, grad, ctx.shifted):
             part[coarse] = grad[fine]
         return grad, grad_parts, None
@@ -144,7 +139,3 @@ def _pairs(parts: torch.Tensor, y: torch.Tensor, shifted: bool) -> Iterator[tupl
 def _at(index: Sequence[int | slice]) -> Any:
     """The last axes at ``index``, all of the others."""
     return (..., *index)
-
-
-def _format(axes: int) -> torch.memory_format:
-    return torch.channels_last if axes == 2 else torch.channels_last_3d

@@ -19,8 +19,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from medseg3d.layers.derived import Derived, is_plain_eager
+from medseg3d.layers.layout import channels_last, is_channels_last
 
 # (slices of a tile, taps): points of interpolation beside 0 and infinity, those of the smallest error among fractions
 # of small numbers, searched with random weights (after Barabasz et al., "Error analysis and improving the accuracy of
@@ -69,7 +71,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, t
         records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         y = _convolve_and_record(x, weight) if records else _convolve(x, weight, transformed)
         if y is not None:
-            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1, 1)
+            return y if bias is None else y.add_(bias.to(y.dtype).view(-1, 1, 1, 1))
     return F.conv3d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
@@ -96,7 +98,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        grad = channels_last(grad)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = convolve_tiles(grad, transform_weight(weight.flip(2, 3, 4).transpose(0, 1)))
@@ -112,7 +114,7 @@ def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if x.dtype == torch.bfloat16 and _multiplies_bfloat16_in_tiles():
         return False
     wide = min(weight.shape[:2]) * taps >= FROM_CHANNELS_TIMES_TAPS
-    return wide and prod(x.shape[2:]) >= FROM_VOXELS and x.is_contiguous(memory_format=torch.channels_last_3d)
+    return wide and prod(x.shape[2:]) >= FROM_VOXELS and is_channels_last(x)
 
 
 @lru_cache
@@ -167,7 +169,7 @@ def transform_weight(weight: torch.Tensor) -> list[torch.Tensor]:
     """(O, I, r, r, r) -> for each point a weight (O, I, r, r) of a convolution in the plane."""
     _, of_weights, _ = transforms(SLICES, weight.shape[2])
     points = torch.einsum("pd,oidhw->poihw", of_weights, weight.double()).to(weight.dtype)
-    return [point.contiguous(memory_format=torch.channels_last) for point in points]
+    return [channels_last(point) for point in points]
 
 
 def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -224,7 +226,7 @@ def weight_gradient_of_tiles(x: torch.Tensor, grad: torch.Tensor, taps: int) -> 
             for point, plane, plane_grad in zip(by_point, sums.unbind(1), sums_of_grad.unbind(1), strict=True):
                 plane = plane.view(-1, height, width, inputs).movedim(-1, 1)
                 plane_grad = plane_grad.view(-1, height, width, outputs).movedim(-1, 1)
-                point += nn.grad.conv2d_weight(plane, point.shape, plane_grad, padding=taps // 2)
+                point += conv2d_weight(plane, point.shape, plane_grad, padding=taps // 2)
     return torch.einsum("pd,poihw->oidhw", of_weights, by_point)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from medseg3d.layers.convolution import NameAndArguments, check_spatial_dims
+from medseg3d.layers.layout import channels_last
 from medseg3d.layers.normalization import InstanceNorm
 from medseg3d.layers.patches import PatchMerging
-from medseg3d.layers.residual import EncoderBlock, OutBlock, UpBlock, channels_last
+from medseg3d.layers.residual import EncoderBlock, OutBlock, UpBlock
 from medseg3d.layers.transformer import recompute_in_backward
 from medseg3d.networks.backbones.swin import SwinTransformer
 

@@ -2,10 +2,10 @@
 segmentation", 3DV 2016: ``VNet`` in the form in which MONAI 1.6 has it, with its keywords and its state_dict keys, and
 ``milletari_vnet`` as published.
 
-Departures of MONAI's form from the paper, each an argument: batch norm after each convolution but the last; ELU instead
-of PReLU; after the 16-channel stage, which has one convolution in either, 1, 2, 3, 2 of them down and 2, 2, 1, 1 up
-instead of 2, 3, 3, 3 and 3, 3, 2, 1; no biases on the way up; dropout. Departures of both forms: 2D as well; other
-widths; logits instead of a softmax.
+What MONAI's form does otherwise than the paper: batch norm after each convolution but the last; ELU instead of PReLU,
+and one more before a stage's input is added; no biases; dropout; after the 16-channel stage, which has one convolution
+in either, 1, 2, 3, 2 of them down and 2, 2, 1, 1 up instead of 2, 3, 3, 3 and 3, 3, 2, 1. What both forms do otherwise:
+2D as well; other widths; logits instead of a softmax.
 
 Departure from MONAI: with ``dropout_dim`` 2 or 3 whole channels are dropped in 2D and in 3D alike. MONAI's default of
 3 on a 2D network takes the batch for channels and drops whole images.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,15 +30,15 @@ from medseg3d.layers.convolution import (
     NameAndArguments,
     activation_layer,
     check_spatial_dims,
-    norm_layer,
 )
 from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.layout import MEMORY_FORMAT, channels_last
 from medseg3d.layers.transformer import recompute_in_backward
 
 SIZE_MULTIPLE = 16  # four halvings
+# Convolutions of the four stages down after the first, and of the four up.
 MONAI_CONVS = (1, 2, 3, 2, 2, 2, 1, 1)
 PUBLISHED_CONVS = (2, 3, 3, 3, 3, 3, 2, 1)
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class VNet(nn.Module):
@@ -54,11 +54,11 @@ class VNet(nn.Module):
         dropout_prob_up: the same on the way up: before the two deepest up-convolutions, and on every skip.
         dropout_dim: 1 drops single voxels, 2 and 3 whole channels.
         bias: whether the convolutions down to the deepest stage and the last 5^3 one have a bias. Those on the way up
-            have one only if there is no norm, the up-convolutions and the 1^3 convolution always.
+            have one only if ``published``, the up-convolutions and the 1^3 convolution always.
         width: channels of the first stage, 16 as published; 2, 4, 8 and 16 times as many follow. 8 or 12 make light
             models: operations and parameters go with its square.
-        convs: convolutions of the four stages down after the first, which has one, and of the four up.
-        norm: what ``norm_layer`` takes, after each convolution but the last.
+        published: the paper's number of convolutions in each stage, no batch norm, no activation before a stage's
+            input is added. ``milletari_vnet`` sets ``act``, ``bias`` and the dropouts as well.
         use_checkpoint: in training, compute what is inside of a stage again in the backward pass instead of keeping it.
 
     Raises:
@@ -77,16 +77,13 @@ class VNet(nn.Module):
         bias: bool = False,
         *,
         width: int = 16,
-        convs: Sequence[int] = MONAI_CONVS,
-        norm: NameAndArguments | None = "batch",
+        published: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.spatial_dims = n = check_spatial_dims(spatial_dims)
         if dropout_dim not in (1, 2, 3):
             raise ValueError(f"dropout_dim must be 1 (voxels), 2 or 3 (whole channels), got {dropout_dim}")
-        if len(convs) != 8 or min(convs) < 1:
-            raise ValueError(f"convs needs a number of 1 or more for each of 8 stages, got {tuple(convs)}")
         _check_width(width, in_channels)
 
         def dropout(probability: float | None) -> nn.Module:
@@ -95,14 +92,15 @@ class VNet(nn.Module):
             return nn.Dropout(probability) if dropout_dim == 1 else DROPOUT[n](probability)
 
         def down(scale: int, count: int, probability: float | None) -> DownStage:
-            return DownStage(n, scale * width, count, act, norm, dropout(probability), bias)
+            return DownStage(n, scale * width, count, act, published, dropout(probability), bias)
 
         def up(inputs: int, scale: int, count: int, probability: float | None) -> UpStage:
             drops = dropout(probability), dropout(on_skip)
-            return UpStage(n, inputs * width, scale * width, count, act, norm, *drops, bias and norm is None)
+            return UpStage(n, inputs * width, scale * width, count, act, published, *drops, bias and published)
 
         before_up, on_skip = dropout_prob_up
-        self.in_tr = InStage(n, in_channels, width, act, norm, bias)
+        convs = PUBLISHED_CONVS if published else MONAI_CONVS
+        self.in_tr = InStage(n, in_channels, width, act, published, bias)
         # The numbers in the names, as in MONAI, are the channels at a width of 16.
         self.down_tr32 = down(2, convs[0], None)
         self.down_tr64 = down(4, convs[1], None)
@@ -112,7 +110,7 @@ class VNet(nn.Module):
         self.up_tr128 = up(16, 8, convs[5], before_up)
         self.up_tr64 = up(8, 4, convs[6], None)
         self.up_tr32 = up(4, 2, convs[7], None)
-        self.out_tr = OutStage(n, 2 * width, out_channels, act, norm, bias)
+        self.out_tr = OutStage(n, 2 * width, out_channels, act, published, bias)
         if use_checkpoint:
             for stage in self.children():
                 recompute_in_backward(stage)
@@ -122,7 +120,7 @@ class VNet(nn.Module):
         if not torch.jit.is_scripting():
             self._check_size(x.shape[2:])
             # A clone, because contiguous() does not mark a single channel as channels-last.
-            x = x.clone(memory_format=CHANNELS_LAST[x.dim()])
+            x = x.clone(memory_format=MEMORY_FORMAT[x.dim()])
         skip16 = self.in_tr(x)
         skip32 = self.down_tr32(skip16)
         skip64 = self.down_tr64(skip32)
@@ -150,9 +148,10 @@ class VNet(nn.Module):
 def milletari_vnet(in_channels: int = 1, out_channels: int = 2, **overrides: Any) -> VNet:
     """The network of Milletari et al. 2016, figure 2: 128x128x64 at 1x1x1.5 mm in the paper.
 
-    Biases, PReLU, no norm, no dropout, 45 % more convolutions, and the initial weights of the released code.
+    PReLU, biases, no norm, no dropout, 20 convolutions of 5^3 in its stages instead of 15, the initial weights of the
+    released code. ``overrides`` are keywords of ``VNet``.
     """
-    figure_2: dict[str, Any] = {"act": "prelu", "norm": None, "bias": True, "convs": PUBLISHED_CONVS}
+    figure_2: dict[str, Any] = {"published": True, "act": "prelu", "bias": True}
     no_dropout: dict[str, Any] = {"dropout_prob_down": None, "dropout_prob_up": (None, None)}
     network = VNet(in_channels=in_channels, out_channels=out_channels, **{**figure_2, **no_dropout, **overrides})
     for module in network.modules():
@@ -174,12 +173,12 @@ class InStage(nn.Module):
         in_channels: int,
         channels: int,
         act: NameAndArguments,
-        norm: NameAndArguments | None,
+        published: bool,
         bias: bool,
     ) -> None:
         super().__init__()
         self.tiles = channels // in_channels
-        self.conv_block = _conv_and_norm(spatial_dims, in_channels, channels, norm, bias)
+        self.conv_block = _conv_and_norm(spatial_dims, in_channels, channels, published, bias)
         self.act_function = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -201,22 +200,22 @@ class DownStage(nn.Module):
         channels: int,
         convs: int,
         act: NameAndArguments,
-        norm: NameAndArguments | None,
+        published: bool,
         dropout: nn.Module,
         bias: bool,
     ) -> None:
         super().__init__()
         self.down_conv = CONV[spatial_dims](channels // 2, channels, 2, stride=2, bias=bias)
-        self.bn1 = _norm(norm, channels, spatial_dims)
+        self.bn1 = _norm(channels, published)
         self.act_function1 = activation_layer(act, channels)
         self.dropout = dropout
-        self.ops = _convs(spatial_dims, channels, convs, act, norm, bias)
+        self.ops = _convs(spatial_dims, channels, convs, act, published, bias)
         self.act_function2 = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.down_conv(x)
         if not torch.jit.is_scripting():
-            x = _channels_last(x)  # PyTorch's convolution of small float32 tensors does not keep it
+            x = channels_last(x)  # PyTorch's convolutions of small float32 tensors do not keep it
         x = self.act_function1(self.bn1(x))
         return self.act_function2(_add(self.ops(self.dropout(x)), x))
 
@@ -231,7 +230,7 @@ class UpStage(nn.Module):
         channels: int,
         convs: int,
         act: NameAndArguments,
-        norm: NameAndArguments | None,
+        published: bool,
         dropout: nn.Module,
         skip_dropout: nn.Module,
         bias: bool,
@@ -239,14 +238,17 @@ class UpStage(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.up_conv = TRANSPOSED_CONV[spatial_dims](in_channels, channels // 2, 2, stride=2)
-        self.bn1 = _norm(norm, channels // 2, spatial_dims)
+        self.bn1 = _norm(channels // 2, published)
         self.act_function1 = activation_layer(act, channels // 2)
         self.dropout2 = skip_dropout
-        self.ops = _convs(spatial_dims, channels, convs, act, norm, bias)
+        self.ops = _convs(spatial_dims, channels, convs, act, published, bias)
         self.act_function2 = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        x = self.act_function1(self.bn1(self.up_conv(self.dropout(x))))
+        x = self.up_conv(self.dropout(x))
+        if not torch.jit.is_scripting():
+            x = channels_last(x)
+        x = self.act_function1(self.bn1(x))
         x = torch.cat([x, self.dropout2(skip)], dim=1)
         return self.act_function2(_add(self.ops(x), x))
 
@@ -260,11 +262,11 @@ class OutStage(nn.Module):
         in_channels: int,
         out_channels: int,
         act: NameAndArguments,
-        norm: NameAndArguments | None,
+        published: bool,
         bias: bool,
     ) -> None:
         super().__init__()
-        self.conv_block = _conv_and_norm(spatial_dims, in_channels, out_channels, norm, bias)
+        self.conv_block = _conv_and_norm(spatial_dims, in_channels, out_channels, published, bias)
         self.act_function1 = activation_layer(act, out_channels)
         self.conv2 = CONV[spatial_dims](out_channels, out_channels, 1)
 
@@ -281,26 +283,31 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     pass that is computed again for the gradient leaves the running statistics alone: they have seen that batch.
     """
 
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-    num_batches_tracked: torch.Tensor
-    momentum: float
+    if TYPE_CHECKING:  # TorchScript would read annotations
+        running_mean: torch.Tensor
+        running_var: torch.Tensor
+        num_batches_tracked: torch.Tensor
+        momentum: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        momentum = self.momentum
         if not torch.jit.is_scripting() and is_plain_eager():
-            if self.training and torch._C._current_graph_task_id() != -1:  # within a backward pass
-                return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
             if not self.training and not torch.is_grad_enabled() and x.device.type == "cpu":
                 return self._overwrite(x)
-        if self.training:
+            if torch._C._current_graph_task_id() != -1:  # within a backward pass
+                momentum = 0.0
+        if self.training and momentum > 0:
             self.num_batches_tracked.add_(1)
-        numbers = (self.running_mean, self.running_var, self.weight, self.bias)
-        return F.batch_norm(x, *numbers, self.training, self.momentum, self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
+        )
 
     def _overwrite(self, x: torch.Tensor) -> torch.Tensor:
-        numbers = [number.float() for number in (self.weight, self.bias, self.running_mean, self.running_var)]
+        weight, bias, mean, variance = (
+            t.float() for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
         unused = torch.empty(0)
-        torch.native_batch_norm(x, *numbers, False, 0.0, self.eps, out=(x, unused, unused))
+        torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, self.eps, out=(x, unused, unused))
         return x
 
 
@@ -312,12 +319,8 @@ def _check_width(width: int, in_channels: int) -> None:
         raise ValueError(f"in_channels must divide the width {width}: {divisors} or {width}, got {in_channels}")
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-
-
-def _norm(norm: NameAndArguments | None, channels: int, spatial_dims: int) -> nn.Module:
-    return _BatchNorm(channels) if norm == "batch" else norm_layer(norm, channels, spatial_dims)
+def _norm(channels: int, published: bool) -> nn.Module:
+    return nn.Identity() if published else _BatchNorm(channels)
 
 
 def _add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -326,21 +329,22 @@ def _add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _conv_and_norm(
-    spatial_dims: int, in_channels: int, out_channels: int, norm: NameAndArguments | None, bias: bool
+    spatial_dims: int, in_channels: int, out_channels: int, published: bool, bias: bool
 ) -> nn.Sequential:
     """A 5^n convolution that keeps the size, and its norm; the keys ``conv.*`` and ``adn.N.*`` are those of MONAI."""
     conv = CONV[spatial_dims](in_channels, out_channels, 5, padding=2, bias=bias)
-    adn = nn.Sequential(OrderedDict(N=_norm(norm, out_channels, spatial_dims)))
+    adn = nn.Sequential(OrderedDict(N=_norm(out_channels, published)))
     return nn.Sequential(OrderedDict(conv=conv, adn=adn))
 
 
 def _convs(
-    spatial_dims: int, channels: int, count: int, act: NameAndArguments, norm: NameAndArguments | None, bias: bool
+    spatial_dims: int, channels: int, count: int, act: NameAndArguments, published: bool, bias: bool
 ) -> nn.Sequential:
     """``count`` times convolution, norm, activation; the keys are ``N.conv_block.*`` and ``N.act_function.*``."""
 
-    def block(act: NameAndArguments) -> nn.Sequential:
-        conv_block = _conv_and_norm(spatial_dims, channels, channels, norm, bias)
-        return nn.Sequential(OrderedDict(conv_block=conv_block, act_function=activation_layer(act, channels)))
+    def block(last: bool) -> nn.Sequential:
+        conv_block = _conv_and_norm(spatial_dims, channels, channels, published, bias)
+        activation = nn.Identity() if published and last else activation_layer(act, channels)
+        return nn.Sequential(OrderedDict(conv_block=conv_block, act_function=activation))
 
-    return nn.Sequential(*(block(act) for _ in range(count)))
+    return nn.Sequential(*(block(last=i == count - 1) for i in range(count)))

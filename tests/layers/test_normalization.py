@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medseg3d.layers.layout import channels_last
 from medseg3d.layers.normalization import InstanceNorm, normalize_and_activate
-from medseg3d.layers.residual import channels_last
 
 SHAPES = [(2, 4, 6, 5, 7), (3, 4, 9, 10), (1, 4, 21, 30, 31)]  # the last has more than one piece
 NORMS = {

@@ -1,0 +1,24 @@
+"""Channels-last images: the channels of a voxel lie together, as transformers leave them and convolutions want them.
+
+Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spatial axes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MEMORY_FORMAT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x_BC...`` in channels-last memory format; no copy where it is already."""
+    return x.contiguous(memory_format=MEMORY_FORMAT[x.dim()])
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=MEMORY_FORMAT[x.dim()])
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """``x_BC...`` as (voxels, channels), in the same memory where it is channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])

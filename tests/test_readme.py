@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,10 @@ def test_every_verb_is_mentioned() -> None:
 
 
 def test_python_example_uses_names_that_exist() -> None:
-    (example,) = blocks("python")
+    example, of_networks = blocks("python")
+    imported = (node for node in ast.walk(ast.parse(of_networks)) if isinstance(node, ast.ImportFrom))
+    for statement in imported:
+        assert all(hasattr(import_module(statement.module), alias.name) for alias in statement.names)
     used = {
         node.attr
         for node in ast.walk(ast.parse(example))

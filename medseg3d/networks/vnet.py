@@ -121,15 +121,20 @@ class VNet(nn.Module):
             self._check_size(x.shape[2:])
             # A clone, because contiguous() does not mark a single channel as channels-last.
             x = x.clone(memory_format=MEMORY_FORMAT[x.dim()])
-        skip16 = self.in_tr(x)
-        skip32 = self.down_tr32(skip16)
-        skip64 = self.down_tr64(skip32)
-        skip128 = self.down_tr128(skip64)
-        x = self.down_tr256(skip128)
-        x = self.up_tr256(x, skip128)
-        x = self.up_tr128(x, skip64)
-        x = self.up_tr64(x, skip32)
-        x = self.up_tr32(x, skip16)
+        skips = [self.in_tr(x)]
+        skips.append(self.down_tr32(skips[-1]))
+        skips.append(self.down_tr64(skips[-1]))
+        skips.append(self.down_tr128(skips[-1]))
+        x = self.down_tr256(skips[-1])
+        # In two steps: what was joined is free before the convolutions ask for memory.
+        x = self.up_tr256.join(x, skips.pop())
+        x = self.up_tr256(x)
+        x = self.up_tr128.join(x, skips.pop())
+        x = self.up_tr128(x)
+        x = self.up_tr64.join(x, skips.pop())
+        x = self.up_tr64(x)
+        x = self.up_tr32.join(x, skips.pop())
+        x = self.up_tr32(x)
         return self.out_tr(x)
 
     def _check_size(self, spatial_shape: Sequence[int]) -> None:
@@ -244,12 +249,15 @@ class UpStage(nn.Module):
         self.ops = _convs(spatial_dims, channels, convs, act, published, bias)
         self.act_function2 = activation_layer(act, channels)
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    def join(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """What ``forward`` takes: ``x_BC...`` at twice its size, and beside it ``skip_BC...``."""
         x = self.up_conv(self.dropout(x))
         if not torch.jit.is_scripting():
             x = channels_last(x)
         x = self.act_function1(self.bn1(x))
-        x = torch.cat([x, self.dropout2(skip)], dim=1)
+        return torch.cat([x, self.dropout2(skip)], dim=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act_function2(_add(self.ops(x), x))
 
 

@@ -77,7 +77,8 @@ def _add_predict(verbs: Any) -> None:
     verb.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network: costs minutes at the first scan and makes the rest faster, for long batches",
+        help="compile the network: minutes at the first scan, for long batches with MONAI's networks; medseg3d's own "
+        "may be slower with it",
     )
     verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
     _add_trust(verb)

@@ -85,8 +85,9 @@ class Segmenter:
         expects_hu: whether the input must be a CT in Hounsfield units.
         record: what a run report says of the model.
         notes: what was adapted when the model was loaded.
-        compile: give the inferer the network through ``torch.compile``. That takes minutes at the first window and
-            makes those after it faster; where it fails, the network runs as it is and a warning tells why.
+        compile: give the inferer the network through ``torch.compile``. That takes minutes at the first window. Those
+            after it are faster with most networks; medseg3d's own may be slower, since they choose how to compute by
+            what runs. Where it fails, the network runs as it is and a warning tells why.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -150,6 +152,15 @@ def test_which_swin_unetr_gets_the_old_order(version, downsample, order):
     assert any("that order is used" in note for note in notes) == (order == "legacy")
     adapted, _ = adapt_network(config, version, prefer_own=False)
     assert (adapted.get("downsample") is legacy_merging) == (order == "legacy")
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_legacy_merging_has_the_norm_that_monai_hands_it(spatial_dims):
+    merging = legacy_merging(
+        dim=3, norm_layer=functools.partial(torch.nn.LayerNorm, eps=0.5), spatial_dims=spatial_dims
+    )
+    assert merging.norm.eps == 0.5 and merging.order == "legacy"
+    assert merging(torch.randn(1, *[5] * spatial_dims, 3)).shape == (1, *[3] * spatial_dims, 6)
 
 
 @pytest.mark.parametrize("name", ["UNETR", "ViT", "ViTAutoEnc"])

@@ -36,6 +36,7 @@ SLICES = 4
 TAPS = {torch.float32: (3, 5), torch.bfloat16: (3,)}
 # Measured: below these there is little to gain.
 FROM_VOXELS = 24**3
+FROM_VOXELS_WITH_GRADIENTS = 40**3
 FROM_CHANNELS_TIMES_TAPS = 80
 FEW_CHANNELS = 4
 WORKSPACE = 2**22  # values of transformed input at a time
@@ -83,7 +84,8 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, transformed: Derived) -> to
 
 def _convolve_and_record(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     # The gradient of the weights has no precision to spare.
-    return _Convolution.apply(x, weight) if x.dtype == torch.float32 and _gains(x, weight) else None
+    large = prod(x.shape[2:]) >= FROM_VOXELS_WITH_GRADIENTS
+    return _Convolution.apply(x, weight) if large and x.dtype == torch.float32 and _gains(x, weight) else None
 
 
 class _Convolution(torch.autograd.Function):

@@ -67,6 +67,7 @@ def test_gradients_of_an_up_block_are_the_same_either_way(axes, with_shortcut, m
     cotangent = random(2, 4, *[8] * axes, seed=2).float()
     plain = torch.autograd.grad((block(x, skip) * cotangent).sum(), inputs)
     monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setattr(winograd, "FROM_VOXELS_WITH_GRADIENTS", 1)
     monkeypatch.setattr(winograd, "FROM_CHANNELS_TIMES_TAPS", 1)
     monkeypatch.setattr(residual, "MERGE_FROM_VOXELS", 1)
     monkeypatch.setattr(residual, "MERGE_FROM_CHANNELS", 1)

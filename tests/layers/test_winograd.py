@@ -55,6 +55,7 @@ def test_patches(taps):
 
 def test_the_module_follows_its_weights(monkeypatch):
     monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setattr(winograd, "FROM_VOXELS_WITH_GRADIENTS", 1)
     conv, x = Conv3d(32, 32, 3, padding=1), image(1, 32, 8, 6, 5)
     for change in (
         lambda: None,
@@ -79,6 +80,7 @@ def test_what_does_not_keep_its_size_is_left_to_torch():
 @pytest.mark.parametrize("taps", [3, 5])
 def test_gradients(taps, monkeypatch):
     monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setattr(winograd, "FROM_VOXELS_WITH_GRADIENTS", 1)
     monkeypatch.setattr(winograd, "WORKSPACE", 1)
     conv, x = Conv3d(32, 40, taps, padding=taps // 2), image(2, 32, 12, 6, 5).requires_grad_()
     y, cotangent = conv(x), random(2, 40, 12, 6, 5, seed=3)
@@ -93,6 +95,7 @@ def test_gradients(taps, monkeypatch):
 
 def test_autocast_computes_in_its_own_type(monkeypatch):
     monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setattr(winograd, "FROM_VOXELS_WITH_GRADIENTS", 1)
     conv, x = Conv3d(32, 32, 3, padding=1), image(1, 32, 8, 6, 5)
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):

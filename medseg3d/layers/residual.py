@@ -39,8 +39,7 @@ MERGE_FROM_CHANNELS = 32
 
 def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
     """``conv`` of kernel and stride 1 on ``x_BC...``."""
-    y = mix_channels(x, conv.weight.flatten(1))
-    return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, *[1] * (x.dim() - 2))
+    return mix_channels(x, conv.weight.flatten(1), conv.bias)
 
 
 class _Named(nn.Sequential):

@@ -74,13 +74,14 @@ def add_upsampled_pointwise_(y: torch.Tensor, x: torch.Tensor, weight: torch.Ten
     return _AddPositions.apply(y, parts.to(y.dtype), False)
 
 
-def mix_channels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def mix_channels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Convolution of kernel 1 as one matrix product: ``x_BI...`` and weight (O, I) to (B, O, ...), channels-last."""
     if torch.is_grad_enabled() and is_plain_eager() and x.device.type == "cpu":
         if torch.is_autocast_enabled("cpu"):
             x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
-        return _MixChannels.apply(x, weight)
-    return F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
+        y = _MixChannels.apply(x, weight)
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+    return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 class _MixChannels(torch.autograd.Function):

@@ -3,7 +3,7 @@
 Winograd's minimal filtering (Winograd, "Arithmetic complexity of computations", SIAM 1980; Lavin and Gray, CVPR 2016)
 along the first spatial axis: m neighbouring slices of the output need m + r - 1 convolutions in the plane instead of
 m * r, of sums of input slices. The plane's convolutions are PyTorch's. A convolution of few channels, which PyTorch is
-slow at and leaves channels-first, is a matrix product over patches. Results differ from PyTorch's by rounding only.
+slow at and leaves channels-first, is one in the plane over patches. Results differ from PyTorch's by rounding only.
 
 Shape legend: ``x_BC...`` is (batch, channels, D, H, W); a tile is m slices of the output, a point one of m + r - 1.
 """
@@ -30,14 +30,15 @@ from medseg3d.layers.layout import channels_last, is_channels_last
 POINTS: dict[tuple[int, int], tuple[float, ...]] = {
     (4, 3): (1 / 2, -2, -2 / 3, 4 / 3),
     (4, 5): (1, -1, 1 / 2, -1 / 2, 2, -2),
+    (2, 5): (1 / 2, -2, 3 / 2, -3 / 4),
 }
-SLICES = 4
-# In bfloat16 a transformed convolution has twice the error of a plain one for 3 taps, four times for 5.
-TAPS = {torch.float32: (3, 5), torch.bfloat16: (3,)}
+# Slices of a tile for a precision and a number of taps. In bfloat16 both have twice the error of a plain convolution;
+# four slices with 5 taps would have four times as much.
+SLICES = {(torch.float32, 3): 4, (torch.float32, 5): 4, (torch.bfloat16, 3): 4, (torch.bfloat16, 5): 2}
 # Measured: below these there is little to gain.
-FROM_VOXELS = 24**3
+FROM_VOXELS = 12**3
 FROM_VOXELS_WITH_GRADIENTS = 40**3
-FROM_CHANNELS_TIMES_TAPS = 80
+FROM_CHANNELS_TIMES_TAPS = {torch.float32: 64, torch.bfloat16: 80}
 FEW_CHANNELS = 4
 WORKSPACE = 2**22  # values of transformed input at a time
 
@@ -111,11 +112,12 @@ class _Convolution(torch.autograd.Function):
 
 def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
     taps = weight.shape[2]
-    if x.dtype != weight.dtype or taps not in TAPS.get(x.dtype, ()) or x.shape[2] % SLICES:
+    slices = SLICES.get((x.dtype, taps))
+    if x.dtype != weight.dtype or slices is None or x.shape[2] % slices:
         return False
     if x.dtype == torch.bfloat16 and _multiplies_bfloat16_in_tiles():
         return False
-    wide = min(weight.shape[:2]) * taps >= FROM_CHANNELS_TIMES_TAPS
+    wide = min(weight.shape[:2]) * taps >= FROM_CHANNELS_TIMES_TAPS[x.dtype]
     return wide and prod(x.shape[2:]) >= FROM_VOXELS and is_channels_last(x)
 
 
@@ -126,7 +128,7 @@ def _multiplies_bfloat16_in_tiles() -> bool:
 
 
 def convolve_patches(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Convolution of odd kernel that keeps the size, as one product of all patches of a slice with the weights.
+    """Convolution of odd kernel that keeps the size, a slice at a time: taps along D and W become channels in the plane.
 
     Args:
         x: (B, I, D, H, W).
@@ -135,17 +137,17 @@ def convolve_patches(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, O, D, H, W), channels-last.
     """
-    batch, _, depth, height, width = x.shape
-    outputs, _, *kernel = weight.shape
-    padded = F.pad(x, [k // 2 for k in reversed(kernel) for _ in range(2)])
-    patches = padded.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).unfold(4, kernel[2], 1)
-    matrix = weight.flatten(1).T
+    batch, inputs, depth, height, width = x.shape
+    outputs, _, taps, _, _ = weight.shape
+    halo = taps // 2
+    patches = F.pad(x, (halo, halo, 0, 0, halo, halo)).unfold(2, taps, 1).unfold(4, taps, 1)
+    of_plane = channels_last(weight.permute(0, 1, 2, 4, 3).reshape(outputs, -1, taps, 1))
     y = torch.empty(batch, outputs, depth, height, width, dtype=x.dtype, memory_format=torch.channels_last_3d)
-    results = y.movedim(1, -1).view(batch, depth, height * width, outputs)
-    for image, result in zip(patches, results, strict=True):
-        for i in range(depth):
-            rows = image[:, i].permute(1, 2, 0, 3, 4, 5).reshape(height * width, -1)
-            torch.mm(rows, matrix, out=result[i])
+    plane = x.new_empty(height, width, inputs, taps, taps)
+    for image, result in zip(patches.permute(0, 2, 3, 4, 1, 5, 6), y.unbind(), strict=True):
+        for patches_of_slice, slice_of_result in zip(image, result.unbind(1), strict=True):
+            plane.copy_(patches_of_slice)
+            slice_of_result.copy_(F.conv2d(plane.flatten(2).movedim(-1, 0)[None], of_plane, padding=(halo, 0))[0])
     return y
 
 
@@ -169,7 +171,7 @@ def transforms(slices: int, taps: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def transform_weight(weight: torch.Tensor) -> list[torch.Tensor]:
     """(O, I, r, r, r) -> for each point a weight (O, I, r, r) of a convolution in the plane."""
-    _, of_weights, _ = transforms(SLICES, weight.shape[2])
+    _, of_weights, _ = transforms(SLICES[weight.dtype, weight.shape[2]], weight.shape[2])
     points = torch.einsum("pd,oidhw->poihw", of_weights, weight.double()).to(weight.dtype)
     return [channels_last(point) for point in points]
 
@@ -178,7 +180,7 @@ def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Te
     """Convolution that keeps the size, with the weights that ``transform_weight`` gives.
 
     Args:
-        x: (B, I, D, H, W), channels-last; D is a multiple of ``SLICES``.
+        x: (B, I, D, H, W), channels-last; D is a multiple of the slices of a tile.
         weights: (O, I, r, r) for each point.
 
     Returns:
@@ -186,21 +188,22 @@ def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Te
     """
     batch, inputs, depth, height, width = x.shape
     outputs, _, taps, _ = weights[0].shape
-    matrices = tuple(matrix.to(x.dtype) for matrix in transforms(SLICES, taps))
+    slices = len(weights) - taps + 1
+    of_outputs, _, of_inputs = (matrix.to(x.dtype) for matrix in transforms(slices, taps))
     length = height * width * inputs
     y = torch.empty(batch, outputs, depth, height, width, dtype=x.dtype, memory_format=torch.channels_last_3d)
-    results = y.movedim(1, -1).view(batch, depth // SLICES, SLICES, -1)
-    at_a_time = max(1, WORKSPACE // ((SLICES + taps - 1) * length))
+    results = y.movedim(1, -1).view(batch, depth // slices, slices, -1)
+    at_a_time = max(1, WORKSPACE // (len(weights) * length))
     for image, result in zip(x.movedim(1, -1), results, strict=True):
         starts = range(0, len(result), at_a_time)
         for start, out in zip(starts, result.split(at_a_time), strict=True):
-            tiles = _tiles(image.view(depth, length), start, len(out), taps)
-            sums = torch.bmm(matrices[2].expand(len(out), -1, -1), tiles)
+            tiles = _tiles(image.view(depth, length), start, len(out), slices, taps)
+            sums = torch.bmm(of_inputs.expand(len(out), -1, -1), tiles)
             products = [
                 _in_plane(plane.view(-1, height, width, inputs), weight)
                 for plane, weight in zip(sums.unbind(1), weights, strict=True)
             ]
-            torch.bmm(matrices[0].expand(len(out), -1, -1), torch.stack(products, 1), out=out)
+            torch.bmm(of_outputs.expand(len(out), -1, -1), torch.stack(products, 1), out=out)
     return y
 
 
@@ -208,21 +211,23 @@ def weight_gradient_of_tiles(x: torch.Tensor, grad: torch.Tensor, taps: int) -> 
     """Gradient of the weights (O, I, r, r, r), computed point by point.
 
     Args:
-        x: (B, I, D, H, W) that went in, channels-last; D is a multiple of ``SLICES``.
+        x: (B, I, D, H, W) that went in, channels-last; D is a multiple of the slices of a tile.
         grad: (B, O, D, H, W) of what came out, channels-last.
         taps: r.
     """
     inputs, depth, height, width = x.shape[1:]
     outputs = grad.shape[1]
-    of_outputs, of_weights, of_inputs = (matrix.to(x.dtype) for matrix in transforms(SLICES, taps))
+    slices = SLICES[x.dtype, taps]
+    points = slices + taps - 1
+    of_outputs, of_weights, of_inputs = (matrix.to(x.dtype) for matrix in transforms(slices, taps))
     length = height * width * inputs
-    at_a_time = max(1, WORKSPACE // ((SLICES + taps - 1) * length))
-    by_point = x.new_zeros(SLICES + taps - 1, outputs, inputs, taps, taps)
+    at_a_time = max(1, WORKSPACE // (points * length))
+    by_point = x.new_zeros(points, outputs, inputs, taps, taps)
     for image, image_grad in zip(x.movedim(1, -1), grad.movedim(1, -1), strict=True):
-        slices, tiles_of_grad = image.view(depth, length), image_grad.view(depth // SLICES, SLICES, -1)
+        tiles_of_grad = image_grad.view(depth // slices, slices, -1)
         starts = range(0, len(tiles_of_grad), at_a_time)
         for start, part in zip(starts, tiles_of_grad.split(at_a_time), strict=True):
-            tiles = _tiles(slices, start, len(part), taps)
+            tiles = _tiles(image.view(depth, length), start, len(part), slices, taps)
             sums = torch.bmm(of_inputs.expand(len(part), -1, -1), tiles)
             sums_of_grad = torch.bmm(of_outputs.T.expand(len(part), -1, -1), part)
             for point, plane, plane_grad in zip(by_point, sums.unbind(1), sums_of_grad.unbind(1), strict=True):
@@ -232,16 +237,17 @@ def weight_gradient_of_tiles(x: torch.Tensor, grad: torch.Tensor, taps: int) -> 
     return torch.einsum("pd,poihw->oidhw", of_weights, by_point)
 
 
-def _tiles(slices: torch.Tensor, start: int, count: int, taps: int) -> torch.Tensor:
-    """(count, SLICES + taps - 1, ...) of input slices for consecutive tiles of the output, zeros beyond both ends."""
-    points, halo = SLICES + taps - 1, taps // 2
-    first, stop = start * SLICES - halo, (start + count) * SLICES + halo
-    inside = slices[max(0, first) : stop]
-    missing = (max(0, -first), max(0, stop - len(slices)))
+def _tiles(image: torch.Tensor, start: int, count: int, slices: int, taps: int) -> torch.Tensor:
+    """(count, slices + taps - 1, ...) slices of an image (D, ...) for consecutive tiles; zeros beyond both ends."""
+    halo = taps // 2
+    first, stop = start * slices - halo, (start + count) * slices + halo
+    inside = image[max(0, first) : stop]
+    missing = (max(0, -first), max(0, stop - len(image)))
     if any(missing):
         inside = F.pad(inside, (0, 0, *missing))
     # Neighbouring tiles share taps - 1 slices.
-    return inside.as_strided((count, points, slices.shape[1]), (SLICES * slices.stride(0), slices.stride(0), 1))
+    shape, strides = (count, slices + taps - 1, image.shape[1]), (slices * image.stride(0), image.stride(0), 1)
+    return inside.as_strided(shape, strides)
 
 
 def _in_plane(plane: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def test_gradients_of_an_up_block_are_the_same_either_way(axes, with_shortcut, m
     plain = torch.autograd.grad((block(x, skip) * cotangent).sum(), inputs)
     monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
     monkeypatch.setattr(winograd, "FROM_VOXELS_WITH_GRADIENTS", 1)
-    monkeypatch.setattr(winograd, "FROM_CHANNELS_TIMES_TAPS", 1)
+    monkeypatch.setitem(winograd.FROM_CHANNELS_TIMES_TAPS, torch.float32, 1)
     monkeypatch.setattr(residual, "MERGE_FROM_VOXELS", 1)
     monkeypatch.setattr(residual, "MERGE_FROM_CHANNELS", 1)
     merged = torch.autograd.grad((block(x, skip) * cotangent).sum(), inputs)

@@ -25,10 +25,10 @@ def exact(x, weight):
     return F.conv3d(x.double(), weight.double(), padding=weight.shape[-1] // 2)
 
 
-@pytest.mark.parametrize("taps", [3, 5])
-def test_the_transforms_filter(taps):
-    outputs, weights, inputs = transforms(4, taps)
-    values, taps_ = random(4 + taps - 1).double(), random(taps, seed=1).double()
+@pytest.mark.parametrize(("slices", "taps"), winograd.POINTS)
+def test_the_transforms_filter(slices, taps):
+    outputs, weights, inputs = transforms(slices, taps)
+    values, taps_ = random(slices + taps - 1).double(), random(taps, seed=1).double()
     expected = F.conv1d(values.view(1, 1, -1), taps_.view(1, 1, -1)).flatten()
     torch.testing.assert_close(outputs @ ((weights @ taps_) * (inputs @ values)), expected)
 
@@ -105,10 +105,12 @@ def test_autocast_computes_in_its_own_type(monkeypatch):
         assert (y - reference).norm() < 0.02 * reference.norm()
 
 
-def test_half_the_bits_cost_twice_the_error(monkeypatch):
+@pytest.mark.parametrize("taps", [3, 5])
+def test_in_half_the_bits_tiles_have_some_twice_the_error(taps, monkeypatch):
     monkeypatch.setattr(winograd, "_multiplies_bfloat16_in_tiles", lambda: False)
-    x, weight = image(1, 48, 24, 24, 24).bfloat16(), random(48, 48, 3, 3, 3, seed=1).bfloat16()
+    x, weight = image(1, 48, 26, 24, 24).bfloat16(), random(48, 48, taps, taps, taps, seed=1).bfloat16()
+    x = x[:, :, : 24 if taps == 3 else 26]
     reference = exact(x, weight)
     with torch.no_grad():
         error = (convolve(x, weight, None, Derived()) - reference).norm() / reference.norm()
-    assert 2e-3 < error < 8e-3
+    assert 4e-3 < error < 8e-3  # PyTorch's is below 3e-3

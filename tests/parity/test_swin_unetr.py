@@ -8,6 +8,7 @@ import pytest
 import torch
 from monai.networks import nets as monai
 
+from medseg3d.layers import winograd
 from medseg3d.networks import SSLHead, SwinUNETR
 from medseg3d.networks.backbones.swin import SwinTransformer
 from tests.parity.golden import GoldenModel, fill
@@ -112,8 +113,8 @@ def test_other_arguments_agree_with_monai(arguments, shape):
 def test_the_merged_upsampling_of_wide_layers_agrees_with_monai(monkeypatch):
     monkeypatch.setattr("medseg3d.layers.residual.MERGE_FROM_VOXELS", 1)
     monkeypatch.setattr("medseg3d.layers.residual.MERGE_FROM_CHANNELS", 1)
-    monkeypatch.setattr("medseg3d.layers.winograd.FROM_VOXELS", 1)
-    monkeypatch.setattr("medseg3d.layers.winograd.FROM_CHANNELS_TIMES_TAPS", 1)
+    monkeypatch.setattr(winograd, "FROM_VOXELS", 1)
+    monkeypatch.setitem(winograd.FROM_CHANNELS_TIMES_TAPS, torch.float32, 1)
     for arguments, shape in (({}, (2, 1, 64, 32, 32)), ({"spatial_dims": 2}, (2, 1, 64, 96))):
         theirs = monai.SwinUNETR(1, 2, feature_size=12, **arguments).eval()
         ours = SwinUNETR(1, 2, feature_size=12, **arguments).eval()

@@ -17,11 +17,11 @@ def nearest(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     if all(old == new for old, new in sizes):
         return array
     # Fastest is one pass over all axes that shrink, then one for each that grows, the last axis first.
-    kept: tuple = (..., *np.ix_(*(_nearest_voxels(old, min(old, new)) for old, new in sizes)))
+    kept: tuple = (..., *np.ix_(*(nearest_voxels(old, min(old, new)) for old, new in sizes)))
     array = array[kept]
     for axis, (old, new) in zip((-1, -2, -3), reversed(sizes), strict=True):
         if new > old:
-            array = array.take(_nearest_voxels(old, new), axis=axis)
+            array = array.take(nearest_voxels(old, new), axis=axis)
     return array
 
 
@@ -48,17 +48,26 @@ def axis_weights(n_in: int, n_out: int, order: int = 1) -> np.ndarray:
     a filter: scipy.ndimage's spline with mode "nearest".
     """
     assert order in (1, 3), order
-    ratio = n_in / n_out
-    centres = (np.arange(n_out)[:, None] + 0.5) * ratio - 0.5
+    return weights_at((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, n_in, n_in / n_out, order)
+
+
+def weights_at(centres: np.ndarray, n_in: int, ratio: float, order: int = 1) -> np.ndarray:
+    """The weights of `axis_weights` for new voxels at any `centres` (n_out,), `ratio` times as large as the old ones."""
     width = max(1.0, ratio)
     reach = int(np.ceil(width)) if order == 1 else 16  # the cubic kernel has fallen below 1e-9 there
+    centres = centres[:, None]
     voxels = np.floor(centres).astype(int) + np.arange(-reach, reach + 2)
     distance = voxels - centres
     values = np.maximum(0, 1 - np.abs(distance) / width) if order == 1 else _cardinal_spline(distance)
     values[np.abs(values) < 1e-12] = 0  # rounding error; it would widen the band
-    weights = np.zeros((n_out, n_in))
-    np.add.at(weights, (np.arange(n_out)[:, None], np.clip(voxels, 0, n_in - 1)), values)
+    weights = np.zeros((len(centres), n_in))
+    np.add.at(weights, (np.arange(len(centres))[:, None], np.clip(voxels, 0, n_in - 1)), values)
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def nearest_voxels(n_in: int, n_out: int) -> np.ndarray:
+    """The old voxel that holds the centre of each new one."""
+    return (2 * np.arange(n_out) + 1) * n_in // (2 * n_out)
 
 
 def _interpolate_volume(volume: np.ndarray, shape: tuple[int, int, int], order: int) -> np.ndarray:
@@ -100,6 +109,3 @@ def _cardinal_spline(t: np.ndarray) -> np.ndarray:
     b_spline = np.where(u < 1, 2 / 3 - u**2 + u**3 / 2, np.maximum(0, 2 - u) ** 3 / 6)
     return np.sum(np.sqrt(3) * (np.sqrt(3) - 2) ** np.abs(knots) * b_spline, axis=-1)
 
-
-def _nearest_voxels(n_in: int, n_out: int) -> np.ndarray:
-    return (2 * np.arange(n_out) + 1) * n_in // (2 * n_out)

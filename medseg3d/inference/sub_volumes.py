@@ -5,18 +5,23 @@ Shape legend: image_BC... is (batch, channels, *spatial axes), any number of spa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from medseg3d.inference.windows import BLENDS, importance_map, windows
+from medseg3d.inference.heads import split_head
+from medseg3d.inference.slabs import Head, Slab
+from medseg3d.inference.stitching import RollingSlab, Stitcher
+from medseg3d.inference.strategy import Strategy, like, plain
+from medseg3d.inference.windows import BLENDS, PLACEMENTS, Window, importance_map, windows
 
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
-class SubVolumes:
+class SubVolumes(Strategy):
     """Sliding-window inference with the placement and weights of MONAI's ``SlidingWindowInferer``.
 
     Sums are kept in float32 whatever the input's type, and neither the image nor what the network returns is changed.
@@ -34,6 +39,10 @@ class SubVolumes:
             outputs are weighted by the returned weight, but normalised by the one returned for the first batch.
         with_coordinates: call the network as ``network(window_batch, slices)``.
         progress: called as ``progress(done, total)`` after each batch of windows.
+        placement: "monai" or "even", see :func:`medseg3d.inference.windows.window_starts`.
+        device: where windows are blended; by default where the network's output is.
+        accumulate: type of the sums in ``slabs`` and what follows from them. torch.bfloat16 halves their memory; a sum
+            of n windows then has a relative error of up to n * 2**-9.
 
     Raises:
         ValueError: on arguments out of range, and when called on an image whose axes do not fit ``roi_size``.
@@ -52,11 +61,18 @@ class SubVolumes:
         process: Callable | None = None,
         with_coordinates: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        placement: str = "monai",
+        device: str | torch.device | None = None,
+        accumulate: torch.dtype = torch.float32,
     ) -> None:
         if blend not in BLENDS:
             raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        if accumulate not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"accumulate must be torch.float32 or torch.bfloat16, got {accumulate}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         shares = (overlap,) if isinstance(overlap, int | float) else tuple(overlap)
@@ -73,6 +89,9 @@ class SubVolumes:
         self.process = process
         self.with_coordinates = with_coordinates
         self.progress = progress
+        self.placement = placement
+        self.device = None if device is None else torch.device(device)
+        self.accumulate = accumulate
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Any:
         """What ``network`` returns for the whole image: a tensor, a tuple or a dictionary of tensors.
@@ -82,39 +101,88 @@ class SubVolumes:
             network: called on (windows, C, *roi_size) with ``args`` and ``kwargs``. Its outputs may have another
                 resolution than its input; each is stitched at its own.
         """
-        image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        image = plain(inputs)
         roi_size = self._roi_size(image.shape[2:])
         padded, before = self._pad(image, roi_size)
-        stitchers: list[_Stitcher] = []
+        stitchers: list[Stitcher] = []
         names: list[str] | None = None
         weight = self._weight(roi_size).to(image.device)
-        overlap = self._overlap(len(roi_size))
-        slices = [(b, w) for b in range(image.shape[0]) for w in windows(padded.shape[2:], roi_size, overlap)]
-        for first in range(0, len(slices), self.batch_size):
-            group = slices[first : first + self.batch_size]
+        own = self._windows(padded.shape[2:], roi_size)
+        places = [(b, window) for b in range(image.shape[0]) for window in own]
+        for first in range(0, len(places), self.batch_size):
+            group = places[first : first + self.batch_size]
             batch = torch.cat([padded[(slice(b, b + 1), slice(None), *window)] for b, window in group])
-            if self.with_coordinates:
-                coordinates = [[slice(b, b + 1), slice(None), *window] for b, window in group]
-                result = network(batch, coordinates, *args, **kwargs)
-            else:
-                result = network(batch, *args, **kwargs)
-            names, outputs = _flatten(result)
+            names, outputs = _flatten(self._run(network, batch, group, args, kwargs))
             batch_weight = weight
             if self.process is not None:
                 outputs, batch_weight = self.process(outputs, batch, weight)
             if not stitchers:
-                stitchers = [_Stitcher(o, padded.shape, roi_size, batch_weight, slices) for o in outputs]
+                stitchers = [Stitcher(o, padded.shape, roi_size, batch_weight, own, self.device) for o in outputs]
             for stitcher, output in zip(stitchers, outputs, strict=True):
                 stitcher.add(output, group, batch_weight)
             if self.progress is not None:
-                self.progress(min(first + self.batch_size, len(slices)), len(slices))
-        results = [_like(stitcher.result(before, image.shape[2:]), inputs) for stitcher in stitchers]
+                self.progress(min(first + self.batch_size, len(places)), len(places))
+        results = [like(stitcher.result(before, image.shape[2:]), inputs) for stitcher in stitchers]
         return _unflatten(results, names)
 
-    def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Class numbers (B, 1, *spatial): the argmax of the logits, ties to the lower class."""
-        logits = self(inputs, network, *args, **kwargs)
-        return logits.argmax(dim=1, keepdim=True).to(torch.uint8 if logits.shape[1] <= 256 else torch.int32)
+    def slabs(self, image_BC: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
+        """The blended output for one image (1, C, *spatial), slab by slab along the axis where that takes least memory.
+
+        The network must return one tensor at the image's resolution. Where it ends in a convolution of kernel 1 from
+        fewer channels than there are classes, those channels are blended, and slabs have that convolution as head.
+
+        Raises:
+            ValueError: there is more than one image, or the network returns something else.
+        """
+        image = plain(image_BC)
+        if len(image) != 1:
+            raise ValueError(f"slabs are of one image at a time, got {len(image)}: call slabs for each")
+        if self.process is not None:
+            raise ValueError("process may change the weights of windows, which slabs do not support: call the strategy")
+        roi_size = self._roi_size(image.shape[2:])
+        padded, before = self._pad(image, roi_size)
+        size = tuple(padded.shape[2:])
+        axis = _slab_axis(size, roi_size)
+        weight = self._weight(roi_size).to(image.device)
+        layers = [list(layer) for _, layer in groupby(self._windows(size, roi_size), key=_start(axis))]
+        inside = [slice(b, b + n) for b, n in zip(before, image.shape[2:], strict=True)]
+        slab: RollingSlab | None = None
+        head: Head | None = None
+        done, total = 0, sum(map(len, layers))
+        for number, layer in enumerate(layers):
+            for first in range(0, len(layer), self.batch_size):
+                group = [(0, window) for window in layer[first : first + self.batch_size]]
+                batch = torch.cat([padded[(slice(None), slice(None), *window)] for _, window in group])
+                outputs = self._run(network, batch, group, args, kwargs)
+                if slab is None:
+                    _require_one_tensor(outputs, batch)
+                    split = None if args or kwargs or self.with_coordinates else split_head(network, batch, outputs)
+                    if split is not None:
+                        network, head = split
+                        outputs = network(batch)
+                    slab = RollingSlab(outputs[0], size, axis, self.accumulate, self.device)
+                for (_, window), output in zip(group, outputs, strict=True):
+                    slab.add(output, window, weight)
+                done += len(group)
+                if self.progress is not None:
+                    self.progress(done, total)
+            assert slab is not None
+            stop = layers[number + 1][0][axis].start if number + 1 < len(layers) else size[axis]
+            yield from _without_padding(slab.leave(stop), axis, inside, head)
+
+    def _windows(self, image_size: Sequence[int], roi_size: Sequence[int]) -> list[Window]:
+        """In the order that slabs need, so that sums are the same to the last bit with slabs and without."""
+        found = windows(image_size, roi_size, self._overlap(len(roi_size)), self.placement)
+        if self.process is not None:  # it may depend on which windows share a batch: MONAI's order
+            return list(found)
+        return sorted(found, key=_start(_slab_axis(image_size, roi_size)))
+
+    def _run(
+        self, network: Callable, batch: torch.Tensor, group: list[tuple[int, Window]], args: Any, kwargs: Any
+    ) -> Any:
+        if not self.with_coordinates:
+            return network(batch, *args, **kwargs)
+        return network(batch, [[slice(b, b + 1), slice(None), *window] for b, window in group], *args, **kwargs)
 
     def _overlap(self, axes: int) -> tuple[float, ...]:
         overlap = (self.overlap,) * axes if isinstance(self.overlap, int | float) else tuple(self.overlap)
@@ -158,53 +226,6 @@ class SubVolumes:
         return torch.as_tensor(self.weight_map, dtype=torch.float32)
 
 
-class _Stitcher:
-    """Weighted sum of one output over all windows, at that output's own resolution."""
-
-    def __init__(
-        self,
-        output: torch.Tensor,
-        image_shape: Sequence[int],
-        roi_size: Sequence[int],
-        weight: torch.Tensor,
-        slices: Sequence[tuple[int, tuple[slice, ...]]],
-    ) -> None:
-        self.scale = [out / roi for out, roi in zip(output.shape[2:], roi_size, strict=True)]
-        self.shape = output.shape[2:]
-        size = [int(length * scale) for length, scale in zip(image_shape[2:], self.scale, strict=True)]
-        self.sum = torch.zeros((image_shape[0], output.shape[1], *size), device=output.device)
-        self.weight_sum = torch.zeros(size, device=output.device)
-        own_weight = self._at_own_resolution(weight)
-        for b, window in slices:
-            if b == 0:
-                self.weight_sum[self._scaled(window)] += own_weight
-
-    def add(self, output: torch.Tensor, group: Sequence[tuple[int, tuple[slice, ...]]], weight: torch.Tensor) -> None:
-        own_weight = self._at_own_resolution(weight)
-        for (b, window), part in zip(group, output, strict=True):
-            self.sum[b][(slice(None), *self._scaled(window))].addcmul_(part.float(), own_weight)
-
-    def result(self, before: Sequence[int], image_size: Sequence[int]) -> torch.Tensor:
-        """The blended output without the padding."""
-        blended = self.sum.div_(self.weight_sum)
-        for axis, (b, size, scale) in enumerate(zip(before, image_size, self.scale, strict=True), start=2):
-            start, stop = round(b * scale), round((b + size) * scale)
-            blended = blended.narrow(axis, start, stop - start)
-        return blended
-
-    def _scaled(self, window: Sequence[slice]) -> tuple[slice, ...]:
-        return tuple(
-            slice(int(part.start * scale), int(part.stop * scale))
-            for part, scale in zip(window, self.scale, strict=True)
-        )
-
-    def _at_own_resolution(self, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.reshape(weight.shape[-len(self.shape) :]).float()
-        if weight.shape == self.shape:
-            return weight
-        return F.interpolate(weight[None, None], self.shape, mode="nearest-exact")[0, 0]
-
-
 def _flatten(result: Any) -> tuple[list[str] | None, Sequence[torch.Tensor]]:
     if isinstance(result, Mapping):
         names = sorted(result)
@@ -218,9 +239,36 @@ def _unflatten(results: list[torch.Tensor], names: list[str] | None) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _like(result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The result with the metadata and the history of a MetaTensor input, so that MONAI can invert it."""
-    if not hasattr(inputs, "copy_meta_from"):
-        return result
-    output: Any = type(inputs)(result)
-    return output.copy_meta_from(inputs)
+def _slab_axis(image_size: Sequence[int], roi_size: Sequence[int]) -> int:
+    """Along which the memory of a slab is smallest: its slab is the smallest share of the image."""
+    return max(range(len(image_size)), key=lambda axis: image_size[axis] / roi_size[axis])
+
+
+def _start(axis: int) -> Callable[[Window], int]:
+    return lambda window: window[axis].start
+
+
+def _require_one_tensor(outputs: Any, batch: torch.Tensor) -> None:
+    if not isinstance(outputs, torch.Tensor):
+        raise ValueError(
+            f"labels need one tensor of logits, but the network returns a {type(outputs).__name__}: wrap it so that it "
+            "returns the logits only"
+        )
+    if outputs.shape[2:] != batch.shape[2:]:
+        raise ValueError(
+            f"labels need logits at the image's resolution, but the network makes {tuple(outputs.shape[2:])} of a "
+            f"window of {tuple(batch.shape[2:])}: call the strategy itself, which stitches any resolution"
+        )
+
+
+def _without_padding(
+    slices: Iterator[tuple[int, torch.Tensor]], axis: int, inside: Sequence[slice], head: Head | None
+) -> Iterator[Slab]:
+    """Slabs of the image from slices of the padded one: their numbers and values (C, ...)."""
+    for first, values in slices:
+        start = max(first, inside[axis].start)
+        stop = min(first + values.shape[1 + axis], inside[axis].stop)
+        if start < stop:
+            kept = list(inside)
+            kept[axis] = slice(start - first, stop - first)
+            yield Slab(axis, start - inside[axis].start, values[(slice(None), *kept)], head)

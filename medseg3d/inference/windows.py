@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from math import ceil
 
 import torch
 
 BLENDS = ("gaussian", "constant")
+PLACEMENTS = ("monai", "even")
+
+Window = tuple[slice, ...]
 
 
-def window_starts(image_size: Sequence[int], roi_size: Sequence[int], overlap: Sequence[float]) -> list[list[int]]:
-    """First indices of the windows along each axis, placed as MONAI places them.
+def window_starts(
+    image_size: Sequence[int], roi_size: Sequence[int], overlap: Sequence[float], placement: str = "monai"
+) -> list[list[int]]:
+    """First indices of the windows along each axis.
 
-    The step is ``int(roi * (1 - overlap))`` and at least 1; the last window is moved back to end with the image. Mind
-    floating point: roi 10 with overlap 0.8 gives int(1.9999) = 1.
+    "monai": the step is ``int(roi * (1 - overlap))`` and at least 1; the last window is moved back to end with the
+    image. Mind floating point: roi 10 with overlap 0.8 gives int(1.9999) = 1. "even", as nnU-Net places them: as many
+    windows as steps of ``roi * (1 - overlap)`` need, at equal distances (Isensee et al., Nature Methods 2021).
     """
     starts = []
     for size, roi, share in zip(image_size, roi_size, overlap, strict=True):
-        step = roi if roi == size else max(1, int(roi * (1 - share)))
         last = max(size - roi, 0)
-        starts.append([min(step * n, last) for n in range(-(-last // step) + 1)])
+        if placement == "even":
+            steps = ceil(last / (roi * (1 - share)))
+            starts.append([round(last * n / max(steps, 1)) for n in range(steps + 1)])
+        else:
+            step = roi if roi == size else max(1, int(roi * (1 - share)))
+            starts.append([min(step * n, last) for n in range(-(-last // step) + 1)])
     return starts
 
 
 def windows(
-    image_size: Sequence[int], roi_size: Sequence[int], overlap: Sequence[float]
-) -> Iterator[tuple[slice, ...]]:
+    image_size: Sequence[int], roi_size: Sequence[int], overlap: Sequence[float], placement: str = "monai"
+) -> Iterator[Window]:
     """The windows themselves as slices, the first axis slowest."""
-    for corner in product(*window_starts(image_size, roi_size, overlap)):
+    for corner in product(*window_starts(image_size, roi_size, overlap, placement)):
         yield tuple(slice(start, start + roi) for start, roi in zip(corner, roi_size, strict=True))
 
 

@@ -128,7 +128,7 @@ def _multiplies_bfloat16_in_tiles() -> bool:
 
 
 def convolve_patches(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Convolution of odd kernel that keeps the size, a slice at a time: taps along D and W become channels in the plane.
+    """Convolution of odd kernel that keeps the size, slice by slice: taps along D and W become channels in the plane.
 
     Args:
         x: (B, I, D, H, W).

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg3d.inference import SubVolumes
-from medseg3d.inference.windows import importance_map, windows
+from medseg3d.inference.windows import importance_map, window_starts, windows
 
 BLENDS = ["gaussian", "constant"]
 
@@ -157,6 +157,133 @@ def test_label_map_is_the_argmax_of_the_logits():
     assert (strategy.label_map(torch.ones_like(x), identity) == 0).all()  # ties go to the lower class
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.lists(st.integers(1, 14), min_size=2, max_size=3),
+    roi=st.integers(2, 7),
+    overlap=st.sampled_from([0.0, 0.3, 0.5, 0.85]),
+    placement=st.sampled_from(["monai", "even"]),
+    batch_size=st.integers(1, 4),
+    layout=st.sampled_from(["contiguous", "channels-last"]),
+)
+def test_slabs_give_the_logits_to_the_last_bit(size, roi, overlap, placement, batch_size, layout):
+    """Each slice once and in order, whatever the axis, the padding and the memory layout of what the network gives."""
+
+    def network(window):
+        output = torch.cat([window * n + window.flip(-1) for n in range(3)], dim=1)
+        return output.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels-last" else output
+
+    x = noise(1, 1, *size)
+    strategy = SubVolumes(roi, overlap, batch_size=batch_size, placement=placement)
+    expected = strategy(x, network)[0]
+    following = 0
+    for slab in strategy.slabs(x, network):
+        assert slab.start == following and slab.head is None
+        following = slab.stop
+        assert torch.equal(slab.values, expected[(slice(None), *slab.place)])
+        assert torch.equal(slab.labels().long(), slab.logits().argmax(0))
+    assert following == size[slab.axis]
+
+
+def test_slabs_are_as_deep_as_a_window_whatever_the_length_of_the_image():
+    depths = dict.fromkeys((20, 200), 0)
+    for size in depths:
+        held = set()
+        for slab in SubVolumes(8, 0.5).slabs(noise(1, 1, 9, size, 9), identity):
+            held.add(slab.values.untyped_storage().data_ptr())
+            depths[size] = max(depths[size], slab.values.untyped_storage().nbytes())
+            assert slab.axis == 1
+        assert len(held) == 1
+    assert depths[20] == depths[200] == 9 * 8 * 9 * 4
+
+
+class Headed(torch.nn.Module):
+    """Few features, many classes."""
+
+    def __init__(self, classes=9, bias=True):
+        super().__init__()
+        self.body = torch.nn.Conv3d(1, 4, 3, padding=1)
+        self.head = torch.nn.Conv3d(4, classes, 1, bias=bias)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_features_are_blended_where_they_are_fewer_than_the_classes(bias):
+    torch.manual_seed(0)
+    network, strategy, x = Headed(bias=bias).eval(), SubVolumes((6, 5, 4), 0.5), noise(2, 1, 13, 9, 8)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.no_grad():
+        expected = strategy(x, network)
+        for slab in strategy.slabs(x[1:], network):
+            assert slab.head is not None and slab.values.shape[0] == 4
+            torch.testing.assert_close(slab.logits(), expected[1][(slice(None), *slab.place)], rtol=0, atol=1e-5)
+        labels = strategy.label_map(x, network)
+    top = expected.topk(2, dim=1).values
+    clear = (top[:, 0] - top[:, 1] > 1e-4)[:, None]
+    assert clear.float().mean() > 0.95
+    assert torch.equal(labels[clear].long(), expected.argmax(1, keepdim=True)[clear])
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert list(network.state_dict()) == list(state)
+
+
+def test_a_convolution_that_is_not_the_last_step_is_no_head():
+    class Squared(Headed):
+        def forward(self, x):
+            return super().forward(x) ** 2
+
+    network, strategy, x = Squared().eval(), SubVolumes(6, 0.5), noise(1, 1, 9, 8, 8)
+    with torch.no_grad():
+        slabs = list(strategy.slabs(x, network))
+        assert all(slab.head is None for slab in slabs)
+        assert torch.equal(strategy.label_map(x, network).long(), strategy(x, network).argmax(1, keepdim=True))
+
+
+def test_our_networks_have_a_head_to_take_off():
+    from medseg3d.networks import SwinUNETR, UNet
+
+    networks = (
+        UNet(3, 1, 30, channels=[8, 16]),
+        SwinUNETR(in_channels=1, out_channels=30, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)),
+    )
+    for network in networks:
+        strategy, x = SubVolumes(64, 0.0), noise(1, 1, 64, 64, 64)
+        with torch.inference_mode():
+            slab = next(strategy.slabs(x, network.eval()))
+            assert slab.head is not None
+            torch.testing.assert_close(slab.logits(), strategy(x, network)[0], rtol=0, atol=1e-4)
+
+
+def test_sums_in_bfloat16_are_close():
+    x, network = noise(1, 3, 20, 9, 8), identity
+    for slab in SubVolumes(6, 0.5, accumulate=torch.bfloat16).slabs(x, network):
+        error = (slab.values.float() - x[0][(slice(None), *slab.place)]).abs()
+        assert 0 < error.max() < 8 * 2**-9 * x.abs().max()
+
+
+def test_logits_that_are_not_numbers_are_no_label():
+    with pytest.raises(ValueError, match="not a number"):
+        SubVolumes(4).label_map(torch.full((1, 3, 6, 6, 6), float("nan")), identity)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda w: (w, w), "labels need one tensor of logits, but the network returns a tuple"),
+        (lambda w: w[..., ::2], "labels need logits at the image's resolution, but the network makes (4, 4, 2)"),
+    ],
+)
+def test_labels_of_other_outputs(network, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SubVolumes(4).label_map(noise(1, 1, 6, 6, 6), network)
+
+
+def test_even_windows_are_nnunets():
+    assert window_starts([10, 20, 5], [4, 8, 5], [0.5, 0.5, 0.5], "even") == [[0, 2, 4, 6], [0, 4, 8, 12], [0]]
+    assert window_starts([11], [4], [0.5], "even") == [[0, 2, 4, 5, 7]]
+
+
 def test_progress_is_told_after_each_batch():
     told = []
     strategy = SubVolumes(4, 0.0, batch_size=3, progress=lambda done, total: told.append((done, total)))
@@ -184,6 +311,8 @@ def test_importance_is_symmetric_and_never_below_a_thousandth():
         ({"overlap": 1.0}, "overlap must lie in [0, 1), got 1.0"),
         ({"overlap": (0.5, -0.1, 0.5)}, "overlap must lie in [0, 1)"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"placement": "odd"}, "placement must be one of monai, even, got 'odd'"),
+        ({"accumulate": torch.float16}, "accumulate must be torch.float32 or torch.bfloat16, got torch.float16"),
         ({"padding_mode": "wrap"}, "padding_mode must be one of constant, reflect, replicate, circular, got 'wrap'"),
     ],
 )

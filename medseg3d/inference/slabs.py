@@ -1,0 +1,139 @@
+"""How a segmented image leaves a strategy: in slabs, finished slices along one axis, each of which is soon forgotten.
+
+Labels, probabilities and uncertainties are made of one slab at a time, so memory grows neither with the number of
+classes nor with the length of the scan. Where the network ends in a convolution of kernel 1 from fewer channels than
+there are classes, slabs hold those channels, and the convolution is applied to what is asked of them: it is linear, and
+so are blending and interpolation, so the order does not matter but for rounding.
+
+Shape legend: K classes, F channels before the head, V voxels, ... spatial axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+# Voxels whose logits exist at a time: they stay in the cache.
+BLOCK = 2**16
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer of a network, a convolution of kernel 1.
+
+    Attributes:
+        weight: (K, F).
+        bias: (K,) or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, features_FV: torch.Tensor) -> torch.Tensor:
+        """(F, V) -> logits (K, V), float32."""
+        weight = self.weight.to(features_FV.device, torch.float32)
+        if self.bias is None:
+            return weight @ features_FV.float()
+        return torch.addmm(self.bias.to(weight)[:, None], weight, features_FV.float())
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Finished slices of one image.
+
+    Attributes:
+        axis: the spatial axis along which slabs follow each other.
+        start: the image's slice that is the slab's first.
+        values: (C, ...) logits, or with a ``head`` the features it takes. The memory may be used again for the next
+            slab: what is to be kept must be copied.
+        head: what makes logits of the values.
+    """
+
+    axis: int
+    start: int
+    values: torch.Tensor
+    head: Head | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.values.shape[1 + self.axis]
+
+    @property
+    def classes(self) -> int:
+        return len(self.values) if self.head is None else len(self.head.weight)
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where the slab lies among the spatial axes of its image."""
+        axes = self.values.dim() - 1
+        return tuple(slice(self.start, self.stop) if axis == self.axis else slice(None) for axis in range(axes))
+
+    def logits(self) -> torch.Tensor:
+        """(K, ...) float32."""
+        if self.head is None:
+            return self.values.float()
+        return self.head(self.values.flatten(1)).view(-1, *self.values.shape[1:])
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits (K, V) of a few voxels at a time, and which of the flattened voxels they are."""
+        if self.values.is_contiguous():
+            values_FV = self.values.flatten(1)
+        else:  # channels-last, most likely: voxels can still be numbered without a copy
+            values_FV = self.values.movedim(0, -1).reshape(-1, len(self.values)).T
+        for start in range(0, values_FV.shape[1], BLOCK):
+            part = slice(start, min(start + BLOCK, values_FV.shape[1]))
+            block = values_FV[:, part]
+            yield part, block.float() if self.head is None else self.head(block)
+
+    def labels(self) -> torch.Tensor:
+        """(...) the class of the largest logit, ties to the lower class; uint8, int32 above 256 classes.
+
+        Raises:
+            ValueError: a logit is not a number.
+        """
+        labels = torch.empty(prod(self.values.shape[1:]), dtype=label_dtype(self.classes), device=self.values.device)
+        for part, logits_KV in self.blocks():
+            labels[part] = largest(logits_KV)[0]
+        return labels.view(self.values.shape[1:])
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    """The smallest type that PyTorch computes with and that holds the numbers of so many classes."""
+    return torch.uint8 if classes <= 256 else torch.int32
+
+
+def largest(logits_KV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class (V,) of the largest logit, ties to the lower class, and that logit (V,).
+
+    Raises:
+        ValueError: a logit is not a number.
+    """
+    if logits_KV.device.type == "cpu":
+        labels, best = _running_maximum(logits_KV)
+    else:
+        labels = logits_KV.argmax(0)
+        best = logits_KV.gather(0, labels[None])[0]
+        labels = labels.to(label_dtype(len(logits_KV)))
+    if best.isnan().any():
+        raise ValueError(
+            "the network's output is not a number at some voxels: its weights or its input are broken, or the "
+            "precision is too small for it; try float32"
+        )
+    return labels, best
+
+
+def _running_maximum(logits_KV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass over the classes: PyTorch's argmax over a leading axis is many times slower on CPUs."""
+    if logits_KV.stride(-1) != 1:
+        logits_KV = logits_KV.contiguous()
+    best = logits_KV[0].clone()
+    labels = torch.zeros(len(best), dtype=label_dtype(len(logits_KV)))
+    wins = torch.empty(len(best), dtype=torch.bool)
+    for number, row in enumerate(logits_KV[1:], start=1):
+        torch.gt(row, best, out=wins)
+        torch.maximum(labels, wins.to(labels.dtype) * number, out=labels)  # masked_fill is slower
+        torch.maximum(best, row, out=best)
+    return labels, best

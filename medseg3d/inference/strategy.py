@@ -1,0 +1,54 @@
+"""What the strategies have in common: all they give follows from the slabs in which a segmented image leaves them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from medseg3d.inference.slabs import Slab, label_dtype
+
+
+class Strategy(ABC):
+    """A way to bring a network and an image together; a MONAI ``Inferer`` by its call."""
+
+    @abstractmethod
+    def slabs(self, image_BC: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
+        """The segmented image (1, C, *spatial), every slice once and in order."""
+
+    @abstractmethod
+    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Logits (B, K, *spatial) of images (B, C, *spatial)."""
+
+    def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Class numbers (B, 1, *spatial), uint8 (int32 above 256 classes): the argmax of the logits, ties to the lower.
+
+        Raises:
+            ValueError: a logit is not a number.
+        """
+        images = plain(inputs)
+        labels: torch.Tensor | None = None
+        for number in range(len(images)):
+            for slab in self.slabs(images[number : number + 1], network, *args, **kwargs):
+                found = slab.labels()
+                if labels is None:
+                    shape = (len(images), 1, *images.shape[2:])
+                    labels = torch.empty(shape, dtype=label_dtype(slab.classes), device=found.device)
+                labels[number, 0][slab.place] = found
+        assert labels is not None
+        return like(labels, inputs)
+
+
+def plain(inputs: torch.Tensor) -> torch.Tensor:
+    """A MetaTensor without its metadata, which every operation would copy."""
+    return inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+
+
+def like(result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The result with the metadata and the history of a MetaTensor input, so that MONAI can invert it."""
+    if not hasattr(inputs, "copy_meta_from"):
+        return result
+    output: Any = type(inputs)(result)
+    return output.copy_meta_from(inputs)

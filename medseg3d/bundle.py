@@ -20,6 +20,7 @@ from medseg3d.compatibility import adapt_network
 from medseg3d.errors import in_words
 from medseg3d.inference.device import resolve_device
 from medseg3d.io import LabelTable
+from medseg3d.recipe import steps_of
 from medseg3d.report.run import model_record
 from medseg3d.segmenter import Segmenter
 
@@ -148,7 +149,7 @@ def _load_weights(network: torch.nn.Module, path: Path, bundle: BundleInfo) -> l
 
 def _from_memory(preprocessing: Any, bundle: BundleInfo) -> Compose:
     """The preprocessing for an image that is already read: without its loader, with a channel axis all the same."""
-    loaders = [step for step in _steps(preprocessing) if isinstance(step, LoadImage | LoadImaged)]
+    loaders = [step for step in steps_of(preprocessing) if isinstance(step, LoadImage | LoadImaged)]
     for loader in loaders:
         if "image" not in getattr(loader, "keys", ()):
             raise ValueError(f"{bundle.name}: its preprocessing does not load the key 'image'")
@@ -161,17 +162,9 @@ def _from_memory(preprocessing: Any, bundle: BundleInfo) -> Compose:
     return rest
 
 
-def _steps(transform: Any) -> Iterator[Callable]:
-    if isinstance(transform, Compose):
-        for step in transform.transforms:
-            yield from _steps(step)
-    else:
-        yield transform
-
-
 def _keep(transform: Any, wanted: Callable[[Any], bool]) -> Compose:
     """The same steps, the very objects, without the unwanted ones: an Invertd finds them by identity."""
-    return Compose([step for step in _steps(transform) if wanted(step)])
+    return Compose([step for step in steps_of(transform) if wanted(step)])
 
 
 @contextmanager

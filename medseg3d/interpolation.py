@@ -52,7 +52,7 @@ def axis_weights(n_in: int, n_out: int, order: int = 1) -> np.ndarray:
 
 
 def weights_at(centres: np.ndarray, n_in: int, ratio: float, order: int = 1) -> np.ndarray:
-    """The weights of `axis_weights` for new voxels at any `centres` (n_out,), `ratio` times as large as the old ones."""
+    """The weights of `axis_weights` at any `centres` (n_out,), for new voxels `ratio` times as large as the old ones."""
     width = max(1.0, ratio)
     reach = int(np.ceil(width)) if order == 1 else 16  # the cubic kernel has fallen below 1e-9 there
     centres = centres[:, None]
@@ -108,4 +108,3 @@ def _cardinal_spline(t: np.ndarray) -> np.ndarray:
     u = np.abs(t[..., None] - knots)
     b_spline = np.where(u < 1, 2 / 3 - u**2 + u**3 / 2, np.maximum(0, 2 - u) ** 3 / 6)
     return np.sum(np.sqrt(3) * (np.sqrt(3) - 2) ** np.abs(knots) * b_spline, axis=-1)
-

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.errors import in_words
 from medseg3d.inference.device import device_name
 from medseg3d.inference.memory import keep_freed_memory
+from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.io import LabelTable, as_volume, write_label_map
+from medseg3d.recipe import find_recipe
 from medseg3d.report.preview import preview, write_preview
 from medseg3d.report.run import Stopwatch
 from medseg3d.report.statistics import statistics
@@ -27,6 +29,8 @@ from medseg3d.volume import Volume
 
 if TYPE_CHECKING:
     from medseg3d.batch import CaseResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,21 @@ class Segmentation:
         name = title or Path(str(self.image.header.get("path", "scan"))).name
         picture = preview(self.segmentation, self.image, self.labels, self.table.colors, name, self.model_name)
         return write_preview(path, picture)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan that was read and found fit for a model.
+
+    Attributes:
+        volume: its voxels and grid.
+        warnings: what the user should know, one sentence each.
+        seconds: time of each stage so far.
+    """
+
+    volume: Volume
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Segmenter:
@@ -136,33 +155,35 @@ class Segmenter:
             ValueError: the scan cannot be read or segmented; the message says why and what to do.
             FileNotFoundError: no such file.
         """
-        stopwatch = Stopwatch()
+        return self.segment(self.read(image, allow_non_hu, progress), progress)
 
-        def stage(name: str) -> Any:
-            if progress is not None:
-                progress(name)
-            return stopwatch.stage(name)
-
-        with stage("read"):
+    def read(self, image: Any, allow_non_hu: bool = False, progress: Callable[[str], None] | None = None) -> Scan:
+        """The first half of :meth:`predict`: read one scan and check it."""
+        stopwatch = Stopwatch(progress)
+        with stopwatch.stage("read"):
             volume = as_volume(image)
             warnings = [*volume.header.get("notes", ())]
             if self.expects_hu:
                 warnings += check_ct(volume, allow_non_hu)
             else:
                 check_voxels(volume)
-        with stage("preprocess"):
+        return Scan(volume, tuple(warnings), dict(stopwatch.seconds))
+
+    def segment(self, scan: Scan, progress: Callable[[str], None] | None = None) -> Segmentation:
+        """The second half of :meth:`predict`: segment a scan that was read."""
+        stopwatch = Stopwatch(progress)
+        volume, warnings = scan.volume, [*scan.warnings]
+        with stopwatch.stage("preprocess"):
             data = self.preprocessing({"image": _meta_tensor(volume)})
-        with keep_freed_memory() if self.device.type == "cpu" else nullcontext():
-            with stage("network"), torch.inference_mode():
-                data["pred"] = self._infer(data["image"][None].to(self.device), warnings)
-            with stage("postprocess"):
-                labels = self._label_map(self.postprocessing(data)["pred"], volume)
+        with keep_freed_memory() if self.device.type == "cpu" else nullcontext(), torch.inference_mode():
+            data, rest = self._labels(data, volume, warnings, stopwatch)
+            with stopwatch.stage("postprocess"):
+                labels = self._label_map(rest(data)["pred"], volume)
             del data  # what the windows left is given back too
         if not labels.any():
             warnings.append(f"nothing was found: does the scan show the part of the body that {self.name} is made for?")
-        return Segmentation(
-            volume.with_array(labels), volume, self.table, self.name, tuple(warnings), dict(stopwatch.seconds)
-        )
+        seconds = {**scan.seconds, **stopwatch.seconds}
+        return Segmentation(volume.with_array(labels), volume, self.table, self.name, tuple(warnings), seconds)
 
     def predict_many(
         self, inputs: Sequence[str | Path] | str | Path, output_dir: str | Path, resume: bool = False, **options: Any
@@ -176,19 +197,49 @@ class Segmenter:
         """Where the network runs, for reports."""
         return device_name(self.device)
 
-    def _infer(self, image_BCDHW: torch.Tensor, warnings: list[str]) -> torch.Tensor:
-        """What the inferer makes of an image (K, D, H, W), on the CPU."""
+    def _labels(
+        self, data: dict[str, Any], volume: Volume, warnings: list[str], stopwatch: Stopwatch
+    ) -> tuple[dict[str, Any], Callable]:
+        """The scan with its "pred", and the post-processing that is left.
+
+        Where the bundle does the usual, "pred" is a label map on the scan's own grid already, made in slabs; else it is
+        what the inferer returns.
+        """
+        image = data["image"]
+        recipe = find_recipe(self.inferer, self.postprocessing)
+        maps = None
+        if recipe is not None:
+            with suppress(ValueError):  # grids oblique to each other: the bundle's own way back is taken
+                maps = recipe.maps(image, volume.geometry)
+        with stopwatch.stage("network"):
+            image_BCDHW = image[None].to(self.device)
+        if recipe is None or maps is None:
+            with stopwatch.stage("network"):
+                prediction = self._run(lambda network: self.inferer(image_BCDHW, network)[0].cpu(), warnings)
+            return {**data, "pred": prediction}, self.postprocessing
+
+        def label_map(network: Callable) -> np.ndarray:
+            slabs = stopwatch.each("network", recipe.strategy.slabs(image_BCDHW, network))
+            return labels_onto(slabs, maps)
+
+        with stopwatch.stage("labels"):
+            labels = self._run(label_map, warnings)
+        data["pred"] = _on_grid(labels, volume)
+        return data, recipe.rest
+
+    def _run(self, infer: Callable[[Callable], T], warnings: list[str]) -> T:
+        """``infer`` with the network, compiled where that was asked for and can be done."""
         failure = ""
         if self._compiled is not None:
             try:
-                return self.inferer(image_BCDHW, self._compiled)[0].cpu()
+                return infer(self._compiled)
             except Exception as error:  # of the tracer, of a compiler, or the bundle's own, which comes again below
                 failure = textwrap.shorten(in_words(error), 200, placeholder=" ...")
-        prediction_KDHW = self.inferer(image_BCDHW, self.network)[0].cpu()
+        result = infer(self.network)
         if failure:
             self._compiled = None
             warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
-        return prediction_KDHW
+        return result
 
     def _label_map(self, prediction: torch.Tensor, volume: Volume) -> np.ndarray:
         """(D, H, W) labels; an error unless the bundle brought its prediction back to the input's own grid."""
@@ -225,3 +276,11 @@ def _meta_tensor(volume: Volume) -> Any:
         "space": "RAS",
     }
     return MetaTensor(torch.from_numpy(np.array(volume.array, np.float32, order="C")), affine=affine, meta=meta)
+
+
+def _on_grid(labels: np.ndarray, volume: Volume) -> Any:
+    """A label map (D, H, W) on the grid of the scan as the (1, D, H, W) that post-processing takes."""
+    from monai.data import MetaTensor
+
+    tensor = torch.from_numpy(np.ascontiguousarray(labels))[None]
+    return MetaTensor(tensor, affine=torch.from_numpy(volume.affine.copy()))

@@ -20,7 +20,7 @@ FLOORS = [
     {"io", "layers", "losses", "metrics", "catalogue"},
     {"data", "networks", "flops"},
     {"inference", "checkpoints", "compatibility"},
-    {"report"},
+    {"report", "recipe"},
     {"training", "segmenter", "batch"},
     {"bundle", "compare"},
     {"medseg3d", "doctor", "cli_arguments"},

@@ -126,7 +126,7 @@ def test_result(models, ct_file, tmp_path):
     result = models.threshold.predict(ct_file)
     assert result.labels == {1: "bone"} and result.model_name == "bone_ct_threshold 0.5.3"
     assert result.segmentation.dtype == np.uint8
-    assert set(result.seconds) == {"read", "preprocess", "network", "postprocess"}
+    assert set(result.seconds) == {"read", "preprocess", "network", "labels", "postprocess"}
     overlap = np.count_nonzero(result.segmentation.array[tiny.bone()]) / np.count_nonzero(tiny.bone())
     assert overlap > 0.98
 
@@ -145,7 +145,7 @@ def test_result(models, ct_file, tmp_path):
 def test_the_shipped_model_segments_on_the_input_grid(shipped_model, ct_file):
     stages = []
     result = shipped_model.predict(ct_file, progress=stages.append)
-    assert stages == ["read", "preprocess", "network", "postprocess"]
+    assert stages == ["read", "preprocess", "network", "labels", "postprocess"]
     assert result.labels == {
         1: "brainstem",
         2: "spinal_cord",

@@ -1,5 +1,8 @@
 """Strategies that bring a network and a volume together."""
 
+from medseg3d.inference.coarse_to_fine import CoarseToFine
+from medseg3d.inference.downsampled import Downsampled
+from medseg3d.inference.slices import Slices
 from medseg3d.inference.sub_volumes import SubVolumes
 
-__all__ = ["SubVolumes"]
+__all__ = ["CoarseToFine", "Downsampled", "Slices", "SubVolumes"]

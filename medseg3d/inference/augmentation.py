@@ -6,13 +6,13 @@ Shape legend: window_BC... are (batch, channels, *spatial axes), logits_BK... ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Any
 
 import torch
 
-from medseg3d.inference.averaging import Mean, check_average
+from medseg3d.inference.averaging import Mean, check_average, check_logits
 
 _SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
 
@@ -79,22 +79,26 @@ class Flips:
             mean.add(_mirror(logits_BK, mirrored), channels=self._swapped(logits_BK.shape[1]) if swap else None)
         return mean.result()
 
-    def _answers(self, window_BC: torch.Tensor, args: Any, kwargs: Any) -> Any:
+    def _answers(
+        self, window_BC: torch.Tensor, args: Any, kwargs: Any
+    ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """Pairs of mirrored axes and what the network makes of the mirror image."""
         sets = [axes for count in range(len(self.axes) + 1) for axes in combinations(self.axes, count)]
         if not self.batched:
             for axes in sets:
-                yield axes, self.network(_mirror(window_BC, axes), *args, **kwargs)
+                yield axes, check_logits(self.network(_mirror(window_BC, axes), *args, **kwargs))
             return
         if args or kwargs:
             raise ValueError("batched mirror images cannot share a window's further arguments: take batched=False")
-        logits = self.network(torch.cat([_mirror(window_BC, axes) for axes in sets]))
-        yield from zip(sets, logits.split(len(window_BC)), strict=True)
+        logits_BK = check_logits(self.network(torch.cat([_mirror(window_BC, axes) for axes in sets])))
+        yield from zip(sets, logits_BK.split(len(window_BC)), strict=True)
 
     def _swapped(self, classes: int) -> list[int]:
         """For each class, the class that it is in the mirror."""
         if max(chain(*self.pairs)) >= classes:
-            raise ValueError(f"pairs {self.pairs} name classes that the network does not have: it gives 0 to {classes - 1}")
+            raise ValueError(
+                f"pairs {self.pairs} name classes that the network does not have: it gives 0 to {classes - 1}"
+            )
         order = list(range(classes))
         for left, right in self.pairs:
             order[left], order[right] = right, left

@@ -20,6 +20,17 @@ def check_average(average: str) -> str:
     return average
 
 
+def check_logits(output: Any) -> torch.Tensor:
+    """What a network returned, if it is one tensor of floating point numbers; ValueError otherwise."""
+    if isinstance(output, torch.Tensor) and output.is_floating_point():
+        return output
+    kind = str(output.dtype) if isinstance(output, torch.Tensor) else type(output).__name__
+    raise ValueError(
+        f"a mean is of logits in one floating point tensor, but the network returns {kind}: wrap it so that it returns "
+        "the logits only"
+    )
+
+
 class Mean:
     """Weighted mean of logits, or of the probabilities (softmax) that they stand for, as logits of their own type.
 
@@ -37,7 +48,7 @@ class Mean:
         self._weight = 0.0
         self._dtype = torch.float32
 
-    def add(self, logits_BK: Any, weight: float = 1.0, channels: Sequence[int] | None = None) -> None:
+    def add(self, logits_BK: torch.Tensor, weight: float = 1.0, channels: Sequence[int] | None = None) -> None:
         """Count in logits (B, K, *spatial).
 
         Args:
@@ -54,8 +65,8 @@ class Mean:
             self._sum = torch.zeros_like(values, dtype=torch.promote_types(torch.float32, self._dtype))
         elif self._sum.shape != values.shape:
             raise ValueError(
-                f"only logits of one shape have a mean, got {tuple(values.shape)} after {tuple(self._sum.shape)}: every "
-                "network must give the same classes at the same resolution"
+                f"only logits of one shape have a mean, got {tuple(values.shape)} after {tuple(self._sum.shape)}: "
+                "every network must give the same classes at the same resolution"
             )
         if channels is None:
             self._sum.add_(values, alpha=weight)
@@ -72,18 +83,13 @@ class Mean:
             mean = mean.clamp_(min=torch.finfo(torch.float32).tiny).log_()
         return mean.to(self._dtype)
 
-    def _values(self, logits_BK: Any) -> torch.Tensor:
-        if not isinstance(logits_BK, torch.Tensor) or not logits_BK.is_floating_point():
-            kind = str(logits_BK.dtype) if isinstance(logits_BK, torch.Tensor) else type(logits_BK).__name__
-            raise ValueError(
-                f"a mean is of logits in one floating point tensor, but the network returns {kind}: wrap it so that it "
-                "returns the logits only"
-            )
+    def _values(self, logits_BK: torch.Tensor) -> torch.Tensor:
+        check_logits(logits_BK)
         if self.average == "logits":
             return logits_BK
         if logits_BK.shape[1] < 2:
             raise ValueError(
-                "average='probabilities' takes the softmax over two classes or more, but the network gives one channel: "
-                "take average='logits'"
+                "average='probabilities' takes the softmax over two classes or more, but the network gives one "
+                "channel: take average='logits'"
             )
         return logits_BK.softmax(1, dtype=torch.promote_types(torch.float32, logits_BK.dtype))

@@ -80,9 +80,9 @@ def merge_label_maps(
     merged = np.zeros(label_maps[0].shape, dtype)
     for position in reversed(range(len(tables))):
         label_map, own = label_maps[position], numbers[position]
-        known = np.zeros(np.iinfo(label_map.dtype).max + 1, bool)
+        known = np.zeros(65536, bool)
         known[[0, *own]] = True
-        new = np.zeros(len(known), dtype)
+        new = np.zeros(65536, dtype)
         new[list(own)] = list(own.values())
         for place in np.ndindex(label_map.shape[:1]):
             labels = label_map[place]
@@ -101,25 +101,25 @@ def _check_maps(label_maps: Sequence[np.ndarray], tables: Sequence[LabelTable]) 
             raise ValueError(f"label maps must be uint8 or uint16, got {label_map.dtype}")
         if label_map.shape != label_maps[0].shape:
             raise ValueError(
-                f"label maps must lie on one grid, got shapes {label_maps[0].shape} and {label_map.shape}: resample them "
-                "onto the scan's grid first"
+                f"label maps must lie on one grid, got shapes {label_maps[0].shape} and {label_map.shape}: resample "
+                "them onto the scan's grid first"
             )
 
 
 def _merge_tables(tables: Sequence[LabelTable], unite: bool) -> tuple[list[dict[int, int]], LabelTable]:
     """For each table, its labels' numbers in the merged one; and that."""
     names: dict[int, str] = {}
+    label_of: dict[str, int] = {}
     colors: dict[int, Color] = {}
     numbers: list[dict[int, int]] = []
     highest = max((label for table in tables for label in table.names), default=0)
     for position, table in enumerate(tables):
-        label_of = {name: label for label, name in names.items()}
         own: dict[int, int] = {}
         for label, name in table.names.items():
             if name in label_of:
                 if not unite:
                     raise ValueError(
-                        f"{name!r} is a label of table {position} and of an earlier one: rename one of them, or unite "
+                        f"{name!r} is a label of table {position} and a label before it: rename one of them, or unite "
                         "labels of the same name"
                     )
                 own[label] = label_of[name]
@@ -127,7 +127,7 @@ def _merge_tables(tables: Sequence[LabelTable], unite: bool) -> tuple[list[dict[
             own[label] = label
             if label in names:
                 own[label] = highest = highest + 1
-            names[own[label]] = name
+            names[own[label]], label_of[name] = name, own[label]
             is_default = table.colors[label] == default_color(label)
             colors[own[label]] = default_color(own[label]) if is_default else table.colors[label]
         numbers.append(own)

@@ -78,6 +78,51 @@ def between(source: Geometry, target: Geometry, order: int = 1) -> tuple[AxisMap
             f"{off.max():.3g} voxels: {source} and {target}; resample the labels with nearest neighbours instead"
         )
     return tuple(
-        _line(int(axis), n, source.shape[axis], matrix[axis, number], matrix[axis, 3] + off_centre(matrix, axis, number))
-        for number, (axis, n) in enumerate(zip(axes, target.shape, strict=True))
+        AxisMap(axis, _straight(matrix[axis, n], matrix[axis, 3], target.shape[n], source.shape[axis], order))
+        for n, axis in enumerate(axes.tolist())
     )
+
+
+def _after(maps: tuple[AxisMap, ...], frame: Frame, order: int) -> tuple[AxisMap, ...]:
+    """The maps to a grid, and then along a frame that starts on it."""
+    if isinstance(frame, Chain):
+        for part in frame.frames:
+            maps = _after(maps, part, order)
+        return maps
+    old, new = frame.source.shape, frame.target.shape
+    if isinstance(frame, Reorient):
+        directions = [slice(None, None, -1 if flip else 1) for flip in frame.flips]
+        return tuple(maps[n].rows(np.arange(old[n])[turn]) for n, turn in zip(frame.axes, directions, strict=True))
+    if isinstance(frame, Crop | Pad):
+        first = frame.start if isinstance(frame, Crop) else [-before for before in frame.before]
+        places = [np.arange(start, start + size) for start, size in zip(first, new, strict=True)]
+        return tuple(
+            one.rows(np.where((place >= 0) & (place < size), place, -1))
+            for one, place, size in zip(maps, places, old, strict=True)
+        )
+    if isinstance(frame, Resample):
+        return tuple(
+            AxisMap(one.axis, _resampling(n_in, n_out, order) @ one.weights)
+            for one, n_in, n_out in zip(maps, old, new, strict=True)
+        )
+    raise ValueError(f"labels cannot be carried along a {type(frame).__name__}, which does not act axis by axis")
+
+
+def _resampling(n_in: int, n_out: int, order: int) -> np.ndarray:
+    return axis_weights(n_in, n_out) if order == 1 else np.eye(n_in)[nearest_voxels(n_in, n_out)]
+
+
+def _straight(step: float, first: float, n_out: int, n_in: int, order: int) -> np.ndarray:
+    """Weights of slices whose centres lie ``step`` apart from ``first`` on, in old voxels; outside the edges 0."""
+    centres = (first + step * np.arange(n_out)).round(6)  # headers hold rounded numbers: no weights of 1e-7
+    if order == 1:
+        weights = weights_at(np.clip(centres, -0.5, n_in - 0.5), n_in, round(abs(step), 6))
+    else:
+        weights = np.eye(n_in)[np.clip(np.floor(centres + 0.5).astype(int), 0, n_in - 1)]
+    inside = (centres >= -0.5) & (centres <= n_in - 0.5)
+    return weights * inside[:, None]
+
+
+def _check(order: int) -> None:
+    if order not in (0, 1):
+        raise ValueError(f"the order of interpolation is 0 (nearest) or 1 (linear), got {order}")

@@ -23,6 +23,8 @@ def split_head(network: Callable, window: torch.Tensor, logits: torch.Tensor) ->
     """
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule) or network.training:
         return None
+    if hasattr(network, "_orig_mod"):  # compiled: it would have to be compiled again
+        return None
     name, layer = _last_pointwise(network, logits.shape[1])
     if layer is None or layer.in_channels >= layer.out_channels:
         return None

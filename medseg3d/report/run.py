@@ -7,12 +7,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medseg3d.geometry import Geometry
 from medseg3d.report.records import grid_record, write_json
@@ -22,25 +22,50 @@ _PACKAGES = ("medseg3d", "numpy", "scipy", "torch", "monai", "nibabel", "SimpleI
 _DECISIVE = ("configs", "scripts", "models")  # the folders of a bundle on which its results depend
 _CHUNK = 1 << 20
 
+T = TypeVar("T")
+
 
 class Stopwatch:
     """Seconds per stage of a run: `with stopwatch.stage("read"): ...`; a stage entered again adds up.
 
-    `seconds` maps each stage to its seconds so far, in the order of first entry.
+    A stage within another is no part of it. `seconds` maps each stage to its seconds so far, in the order of first
+    entry.
+
+    Args:
+        progress: called with the name of each stage as it is first entered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._within: list[float] = []  # seconds of the stages inside each stage that is on
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block under `name`, also when it raises."""
+        if name not in self.seconds and self._progress is not None:
+            self._progress(name)
         start = time.perf_counter()
         self.seconds.setdefault(name, 0.0)
+        self._within.append(0.0)
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[name] += elapsed - self._within.pop()
+            if self._within:
+                self._within[-1] += elapsed
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, with the time that each takes to come under `name`."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,278 @@
+"""Labels on another grid than the network's, the scan's own most of all, from the slabs of a segmented image.
+
+They are the labels that interpolating every class's logits and taking the largest gives, but neither grid ever holds
+all classes. A linear interpolation is a weighted mean: where all voxels it draws on have one label, that class is the
+largest in each of them, hence in their mean, and the label is copied. Logits are interpolated elsewhere only, along the
+borders between labels. The same holds for the wider triangle that keeps a coarser target from aliasing.
+
+Shape legend: F channels of a slab, K classes, N source voxels, V target voxels, S source voxels that one of those draws
+on, ... spatial axes of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from medseg3d.inference.grid_map import AxisMap
+from medseg3d.inference.slabs import BLOCK, Head, Slab, largest
+
+# Target voxels whose labels are made at a time; beside them there are the channels of the source voxels on borders.
+GROUP = 2**21
+
+
+def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap]) -> np.ndarray:
+    """Labels on the target grid, background 0 outside the source.
+
+    Linear maps give the argmax of the interpolated logits, ties to the lower class; nearest ones the label of the
+    nearest voxel.
+
+    Args:
+        slabs: the whole source image, slice after slice; each is read before the next is asked for.
+        maps: one for each axis of the target, from :mod:`medseg3d.inference.grid_map`.
+
+    Returns:
+        Labels of the target's shape, uint8 (uint16 above 256 classes). The memory's order is that of the source's axes.
+
+    Raises:
+        ValueError: a logit is not a number, or the slabs are not of the maps' source.
+    """
+    bands = _bands(maps, normalised=True)
+    labels = np.zeros([band.size for band in bands], np.uint8)
+    for part, ready in _parts(slabs, bands):
+        if part.classes > 256:
+            labels = labels.astype(np.uint16, copy=False)
+        own = [band.only(ready) if axis == part.axis else band for axis, band in enumerate(bands)]
+        _fill_labels(labels, part, own)
+    return labels.transpose([one.axis for one in maps])
+
+
+def values_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap]) -> np.ndarray:
+    """Slabs of one channel, an uncertainty perhaps, on the target grid: float32, 0 outside the source.
+
+    Raises:
+        ValueError: more than one channel, or the slabs are not of the maps' source.
+    """
+    bands = _bands(maps, normalised=False)
+    values = np.zeros([band.size for band in bands], np.float32)
+    for part, ready in _parts(slabs, bands):
+        if len(part.values) != 1:
+            raise ValueError(f"a map of values has one channel, got {len(part.values)}; labels come of labels_onto")
+        own = [band.only(ready).moved(part.start) if n == part.axis else band for n, band in enumerate(bands)]
+        moved = part.values[0].float()
+        for axis, band in enumerate(own):
+            moved = band.to(moved.device).mean(moved, axis)
+        values[tuple(band.place for band in own)] = moved.numpy(force=True)
+    return values.transpose([one.axis for one in maps])
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Slices of the target and the few source slices from which each is made.
+
+    Attributes:
+        size, source: how many slices the target and the source have.
+        start: the number of the target's first slice here; those outside the source are left out.
+        first: (n,) the first source slice that each draws on.
+        weights: (n, width) of that slice and the next ones.
+    """
+
+    size: int
+    source: int
+    start: int
+    first: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    def place(self) -> slice:
+        return slice(self.start, self.start + len(self.first))
+
+    def only(self, part: slice) -> _Band:
+        """Some of its slices, counted from its own first."""
+        return replace(self, start=self.start + part.start, first=self.first[part], weights=self.weights[part])
+
+    def moved(self, start: int) -> _Band:
+        """The same with source slices counted from ``start``."""
+        return replace(self, first=self.first - start)
+
+    def to(self, device: torch.device) -> _Band:
+        return replace(self, first=self.first.to(device), weights=self.weights.to(device))
+
+    def mean(self, values: torch.Tensor, axis: int) -> torch.Tensor:
+        """Weighted means along an axis."""
+        shape = [-1 if n == axis else 1 for n in range(values.dim())]
+        parts = (values.index_select(axis, self.first + n) * self.weights[:, n].view(shape) for n in range(self.width))
+        return reduce(torch.Tensor.add_, parts)
+
+
+def _bands(maps: Sequence[AxisMap], normalised: bool) -> list[_Band]:
+    """One for each axis of the source.
+
+    A row between 0 and 1 in sum mixes in the 0 that lies outside. That lowers all logits alike, so it may be left out
+    where only the largest counts.
+    """
+    if sorted(one.axis for one in maps) != list(range(len(maps))):
+        raise ValueError(f"a target axis runs along each source axis, got {[one.axis for one in maps]}")
+    bands = []
+    for one in sorted(maps, key=lambda one: one.axis):
+        inside = np.flatnonzero(one.weights.any(axis=1))
+        start, stop = (inside[0], inside[-1] + 1) if len(inside) else (0, 0)
+        assert len(inside) == stop - start, "the source is one interval of the target"
+        weights = one.weights[start:stop]
+        if normalised:
+            weights = weights / weights.sum(axis=1, keepdims=True)
+        n_target, n_source = one.weights.shape
+        used = weights != 0
+        first = used.argmax(axis=1)
+        last = n_source - 1 - used[:, ::-1].argmax(axis=1)
+        width = int((last - first).max(initial=0)) + 1
+        first = np.minimum(first, n_source - width)
+        taps = np.take_along_axis(weights, first[:, None] + np.arange(width), axis=1)
+        taps_NS = torch.from_numpy(taps.astype(np.float32))
+        bands.append(_Band(n_target, n_source, int(start), torch.from_numpy(first), taps_NS))
+    return bands
+
+
+def _parts(slabs: Iterable[Slab], bands: Sequence[_Band]) -> Iterator[tuple[Slab, slice]]:
+    """Parts of the source in order, and the target slices along the slabs' axis that are made of each."""
+    waiting: np.ndarray | None = None
+    for part in _overlapping(slabs, bands):
+        band = bands[part.axis]
+        first = band.first.numpy()
+        if waiting is None:
+            waiting = np.ones(len(first), bool)
+        ready = np.flatnonzero(waiting & (first >= part.start) & (first + band.width <= part.stop))
+        if len(ready):
+            waiting[ready] = False
+            assert ready[-1] - ready[0] == len(ready) - 1, "weights move in one direction"
+            yield part, slice(int(ready[0]), int(ready[-1]) + 1)
+    if waiting is None or waiting.any():
+        raise ValueError("the slabs end before the source grid does: pass all of one image's slabs")
+
+
+def _overlapping(slabs: Iterable[Slab], bands: Sequence[_Band]) -> Iterator[Slab]:
+    """The slabs, and between two of them the slices around their border: all neighbours are together once.
+
+    Only the last slices of a slab are copied, as many as a target slice may draw on but one.
+    """
+    kept: Slab | None = None
+    for slab in slabs:
+        expected = [band.source for band in bands]
+        expected[slab.axis] = slab.stop - slab.start
+        if list(slab.values.shape[1:]) != expected or slab.stop > bands[slab.axis].source:
+            raise ValueError(
+                f"slabs along axis {slab.axis} must lie within the maps' source, {[band.source for band in bands]}, "
+                f"got {list(slab.values.shape[1:])} from slice {slab.start} on"
+            )
+        reach, dim = bands[slab.axis].width - 1, slab.axis + 1
+        around = None
+        if kept is not None:
+            assert kept.stop == slab.start, "slabs come in order"
+            beginning = slab.values.narrow(dim, 0, min(reach, slab.values.shape[dim]))
+            around = Slab(slab.axis, kept.start, torch.cat([kept.values, beginning], dim), slab.head)
+            yield around
+        yield slab
+        if reach:
+            last = slab if around is None or slab.values.shape[dim] >= reach else around
+            count = min(reach, last.values.shape[dim])
+            tail = last.values.narrow(dim, last.values.shape[dim] - count, count).clone()
+            kept = Slab(slab.axis, last.stop - count, tail, slab.head)
+
+
+def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band]) -> None:
+    """Write the labels of the target slices of ``bands``, which draw on this part of the source."""
+    own = part.labels()
+    if part.classes > 255:
+        own = own.int()
+    mixed = torch.iinfo(own.dtype).max  # no class has this number
+    lowest, highest = (_over_neighbours(own, bands, choose) for choose in (torch.minimum, torch.maximum))
+    cells = torch.where(lowest == highest, lowest, mixed)
+    axis = part.axis
+    slices = max(1, GROUP // prod(max(1, len(band.first)) for n, band in enumerate(bands) if n != axis))
+    for start in range(0, len(bands[axis].first), slices):
+        group = [*bands]
+        group[axis] = bands[axis].only(slice(start, start + slices))
+        begin, end = int(group[axis].first.min()), int(group[axis].first.max()) + 1
+        group[axis] = group[axis].moved(begin)
+        some = cells.narrow(axis, begin - part.start, end - begin)
+        values = part.values.narrow(1 + axis, begin - part.start, end - begin + group[axis].width - 1)
+        found = _labels(some, mixed, values, part.head, [band.to(own.device) for band in group])
+        labels[tuple(band.place for band in group)] = found.cpu().numpy()
+
+
+def _labels(
+    cells: torch.Tensor, mixed: int, values: torch.Tensor, head: Head | None, bands: Sequence[_Band]
+) -> torch.Tensor:
+    """Labels of the target slices of ``bands``, whose first source slices are counted from those given.
+
+    Args:
+        cells: the label that all source voxels have on which a target voxel draws with this one as its first, or the
+            number ``mixed``.
+        values: (F, ...) of the source, wherever cells reach.
+    """
+    labels = cells
+    for axis in sorted(range(len(bands)), key=lambda axis: len(bands[axis].first) / cells.shape[axis]):
+        labels = labels.index_select(axis, bands[axis].first)
+    places_V = (labels == mixed).flatten().nonzero()[:, 0]
+    if len(places_V) == 0:
+        return labels
+    source = _Rows(values, cells == mixed, bands)
+    for some_V in places_V.split(BLOCK):
+        means_FV = source.means(torch.unravel_index(some_V, labels.shape)).T
+        logits_KV = means_FV if head is None else head(means_FV)
+        labels.view(-1)[some_V] = largest(logits_KV)[0].to(labels.dtype)
+    return labels
+
+
+def _over_neighbours(labels: torch.Tensor, bands: Sequence[_Band], choose: Callable) -> torch.Tensor:
+    """For each source voxel the choice among all those that a target voxel may draw on with this one as its first."""
+    for axis, band in enumerate(bands):
+        count = labels.shape[axis] - band.width + 1
+        labels = reduce(choose, (labels.narrow(axis, shift, count) for shift in range(band.width)))
+    return labels
+
+
+class _Rows:
+    """The channels of those source voxels on which mixed cells draw, a row of memory for each.
+
+    Args:
+        values: (F, ...).
+        mixed: (...) whether a target voxel that draws on this voxel as its first needs the channels.
+    """
+
+    def __init__(self, values: torch.Tensor, mixed: torch.Tensor, bands: Sequence[_Band]) -> None:
+        needed = mixed
+        offsets_S = torch.zeros(1, dtype=torch.int64, device=values.device)
+        for axis, band in enumerate(bands):
+            count = needed.shape[axis]
+            wider = needed.new_zeros(values.shape[1 : 2 + axis] + needed.shape[1 + axis :])
+            for shift in range(band.width):
+                wider.narrow(axis, shift, count).logical_or_(needed)
+            needed = wider
+            steps = torch.arange(band.width, device=values.device) * prod(values.shape[2 + axis :])
+            offsets_S = (offsets_S[:, None] + steps).flatten()
+        self.bands = bands
+        self.offsets_S = offsets_S
+        self.strides = needed.stride()
+        self.number_N = needed.flatten().cumsum(0, dtype=torch.int32) - 1
+        self.rows_NF = values.movedim(0, -1)[needed].float()
+
+    def means(self, places: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Weighted means (V, F) at target voxels, given by their number on each axis."""
+        first_V: torch.Tensor | int = 0
+        weights_VS = torch.ones(len(places[0]), 1, device=self.rows_NF.device)
+        for band, place, stride in zip(self.bands, places, self.strides, strict=True):
+            first_V = band.first[place] * stride + first_V
+            weights_VS = (weights_VS[:, :, None] * band.weights[place][:, None]).flatten(1)
+        numbers_VS = self.number_N[torch.as_tensor(first_V)[:, None] + self.offsets_S]
+        return F.embedding_bag(numbers_VS, self.rows_NF, per_sample_weights=weights_VS, mode="sum")

@@ -1,0 +1,127 @@
+"""What a bundle's inferer and post-processing come to, so that a scan is segmented in slabs instead of as they stand.
+
+A bundle says: windows, softmax, back to the scan's grid, argmax. Done in that order every class exists at every voxel
+of the scan. The same labels come of slabs, and of logits interpolated where labels meet only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.transforms import Activationsd, AsDiscreted, Compose, EnsureTyped, Invertd
+
+from medseg3d.data.transforms import LabelsOnInputGridd, applied_frame
+from medseg3d.geometry import Geometry
+from medseg3d.inference import SubVolumes
+from medseg3d.inference.grid_map import AxisMap, along, between
+from medseg3d.inference.strategy import Strategy
+
+INTERPOLATE_LOGITS, MOVE_LABELS = 1, 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a bundle segments.
+
+    Attributes:
+        strategy: in which windows or slices the network runs.
+        order: 1 if the logits are interpolated onto the scan's grid, 0 if the labels are moved there.
+        by_frame: whether the way back is that of the recorded frame, as ``LabelsOnInputGridd`` takes it, rather than
+            the one between the affines of both grids.
+        rest: what happens to the label map then.
+    """
+
+    strategy: Strategy
+    order: int
+    by_frame: bool
+    rest: Compose
+
+    def maps(self, image: Any, scan: Geometry) -> tuple[AxisMap, ...]:
+        """From the grid of a preprocessed ``image`` (C, D, H, W), a MetaTensor, to the scan's.
+
+        Raises:
+            ValueError: their axes are oblique to each other.
+        """
+        if self.by_frame:
+            return along(applied_frame(image).inverse(), self.order)
+        return between(Geometry(tuple(image.shape[1:]), image.affine.cpu().numpy()), scan, self.order)
+
+
+def find_recipe(inferer: Any, postprocessing: Callable) -> Recipe | None:
+    """The recipe of what a bundle defines; None where that is none of the usual, and must be carried out as it stands.
+
+    Of the post-processing these beginnings are known, for the key "pred": ``LabelsOnInputGridd``; softmax or nothing,
+    ``Invertd``, argmax; softmax or nothing, argmax, ``Invertd``. Logits are interpolated where a bundle interpolates
+    probabilities: between two voxels the labels then part at a slightly different place.
+    """
+    strategy = as_strategy(inferer)
+    steps = [step for step in steps_of(postprocessing) if not isinstance(step, EnsureTyped)]
+    if strategy is None or not steps:
+        return None
+    if isinstance(steps[0], LabelsOnInputGridd):
+        return _recipe(strategy, INTERPOLATE_LOGITS, steps[1:], by_frame=True)
+    if _is_softmax(steps[0]):
+        steps = steps[1:]
+    if len(steps) < 2:
+        return None
+    first, second, *rest = steps
+    if _is_inverse(first) and _is_argmax(second):
+        return _recipe(strategy, MOVE_LABELS if first.nearest_interp[0] else INTERPOLATE_LOGITS, rest)
+    if _is_argmax(first) and _is_inverse(second):
+        return _recipe(strategy, MOVE_LABELS, rest)
+    return None
+
+
+def as_strategy(inferer: Any) -> Strategy | None:
+    """The strategy that does what an inferer does: one of ours itself, or MONAI's in our terms; None for others."""
+    if isinstance(inferer, Strategy):
+        return inferer
+    if type(inferer) is SimpleInferer:
+        return SubVolumes(0, 0.0, "constant")
+    if type(inferer) is not SlidingWindowInferer or getattr(inferer, "with_coord", False):
+        return None
+    return SubVolumes(
+        inferer.roi_size,
+        inferer.overlap,
+        str(inferer.mode.value),
+        inferer.sigma_scale,
+        inferer.sw_batch_size,
+        str(getattr(inferer.padding_mode, "value", inferer.padding_mode)),
+        inferer.cval,
+        inferer.roi_weight_map,
+        device=inferer.device,
+    )
+
+
+def steps_of(transform: Any) -> Iterator[Callable]:
+    """The transforms of nested ``Compose``, one after another."""
+    if isinstance(transform, Compose):
+        for step in transform.transforms:
+            yield from steps_of(step)
+    else:
+        yield transform
+
+
+def _recipe(strategy: Strategy, order: int, rest: Sequence[Callable], by_frame: bool = False) -> Recipe | None:
+    # A second way back, or one more argmax, is not what was recognised.
+    if any(isinstance(step, Invertd | LabelsOnInputGridd) or _is_argmax(step) for step in rest):
+        return None
+    return Recipe(strategy, order, by_frame, Compose(list(rest)))
+
+
+def _is_inverse(step: Any) -> bool:
+    return isinstance(step, Invertd) and tuple(step.keys) == ("pred",) and step.post_func[0] is None
+
+
+def _is_softmax(step: Any) -> bool:
+    return isinstance(step, Activationsd) and step.softmax[0] and not step.sigmoid[0] and step.other[0] is None
+
+
+def _is_argmax(step: Any) -> bool:
+    if not isinstance(step, AsDiscreted) or tuple(step.keys) != ("pred",):
+        return False
+    others = (step.to_onehot[0], step.threshold[0], step.rounding[0])
+    return bool(step.argmax[0]) and not any(option not in (None, False) for option in others)

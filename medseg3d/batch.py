@@ -6,11 +6,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
@@ -21,12 +24,15 @@ from medseg3d.report.run import case_record, file_sha256
 from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
-    from medseg3d.segmenter import Segmentation, Segmenter
+    from medseg3d.segmenter import Scan, Segmentation, Segmenter
 
 logger = logging.getLogger(__name__)
 
 _LEDGER = "finished.json"  # in the output folder: case -> what it was made from, for --resume
 FAILURES = "failures.csv"
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -143,8 +149,13 @@ def predict_many(
     resume: bool = False,
     allow_non_hu: bool = False,
     progress: Callable[[Case, str], None] | None = None,
+    overlap: bool = True,
 ) -> Iterator[CaseResult]:
     """Segment scans one after another and write each as soon as it is done.
+
+    While the network works on one scan, the next is read and the result before is written, each on a thread. So a case
+    is yielded, in order, once its files are on disk, when the network may be done with the next. Whatever ends the run,
+    Ctrl-C included, what is being written then is finished first and the threads end.
 
     A case that fails is yielded with its error and the next one begins; ``failures.csv`` in the output folder lists
     them. In a folder each finished case is noted, so that ``resume`` passes over those whose input, model and options
@@ -154,7 +165,9 @@ def predict_many(
         segmenter: the loaded model.
         inputs: files, folders, DICOM folders, zips, patterns; see :func:`medseg3d.io.find_inputs`.
         output: a folder, a file for a single case, or an :class:`OutputPlan`.
-        progress: called with a case and the name of each stage as it begins.
+        progress: called, always on the caller's thread, with a case and the name of each stage as the run comes to it.
+        overlap: False takes each case to its end before the next is begun. That is slower, but there is never more than
+            one scan in memory; else there are up to three, and two results.
 
     Raises:
         ValueError, OSError: nothing to read, or nowhere to write; before the first case.
@@ -162,33 +175,26 @@ def predict_many(
     found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs)
     plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output))
     plan.prepare(found)
-    return _results(segmenter, found, plan, resume, allow_non_hu, progress)
-
-
-def _results(
-    segmenter: Segmenter,
-    inputs: Inputs,
-    plan: OutputPlan,
-    resume: bool,
-    allow_non_hu: bool,
-    progress: Callable[[Case, str], None] | None,
-) -> Iterator[CaseResult]:
     ledger = _Ledger(plan, segmenter, allow_non_hu)
+    run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress)
+    return _results(run, found, plan, _overlapped if overlap else _one_by_one)
+
+
+def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Generator]) -> Iterator[CaseResult]:
     table: dict[str, Any] = {}
     failures = []
-    for case in inputs.cases:
-        files = plan.files(case)
-        if resume and ledger.finished(case, files):
-            outcome = CaseResult(case, outputs=files, resumed=True)
-        else:
-            outcome = _segment(segmenter, case, files, allow_non_hu, progress)
-            if outcome.error is None:
-                ledger.note(case)
-        if outcome.error is not None:
-            failures.append({"case": case.name, "input": str(case.path), "error": outcome.error})
-        elif "statistics" in files:
-            table[case.name] = json.loads(files["statistics"].read_text(encoding="utf-8"))
-        yield outcome
+    with (
+        closing(each(run.read, inputs.cases)) as scans,
+        closing(each(run.write, run.segmented(inputs.cases, scans))) as outcomes,
+    ):
+        for outcome in outcomes:
+            case = outcome.case
+            if outcome.error is not None:
+                failures.append({"case": case.name, "input": str(case.path), "error": outcome.error})
+            elif "statistics" in outcome.outputs:
+                table[case.name] = json.loads(outcome.outputs["statistics"].read_text(encoding="utf-8"))
+            yield outcome
+            del outcome  # its arrays are not ours to keep while the next one is made
     if table and not plan.is_file:
         write_statistics_csv(plan.folder / "statistics.csv", table)
     if not plan.is_file:
@@ -197,22 +203,80 @@ def _results(
             write_csv(plan.folder / FAILURES, failures, ("case", "input", "error"))
 
 
-def _segment(
-    segmenter: Segmenter,
-    case: Case,
-    files: dict[str, Path],
-    allow_non_hu: bool,
-    progress: Callable[[Case, str], None] | None,
-) -> CaseResult:
-    def tell(stage: str) -> None:
-        if progress is not None:
-            progress(case, stage)
+def _one_by_one(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, None, None]:
+    for item in items:
+        yield function(item)
 
-    try:
-        result = segmenter.predict(case.path, allow_non_hu=allow_non_hu, progress=tell)
-        tell("write")
+
+def _overlapped(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, None, None]:
+    """The same, but each call runs on a thread, meanwhile the item after it is fetched. No more than that is ahead."""
+    calls: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(1, "medseg3d") as thread:  # waits for the call that is running, whatever is raised
+        for item in items:
+            calls.append(thread.submit(function, item))
+            del item  # nor anything else may keep what was handed on: these are whole scans
+            if len(calls) == 2:
+                yield calls.popleft().result()
+        for call in calls:
+            yield call.result()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The steps of each case: read, segment, write. After one that fails the others pass on what it returned."""
+
+    segmenter: Segmenter
+    plan: OutputPlan
+    ledger: _Ledger
+    resume: bool
+    allow_non_hu: bool
+    progress: Callable[[Case, str], None] | None
+
+    def read(self, case: Case) -> Scan | CaseResult:
+        return _attempt(case, self._read, case)
+
+    def segmented(
+        self, cases: Sequence[Case], scans: Iterator[Scan | CaseResult]
+    ) -> Iterator[tuple[Case, Segmentation | CaseResult]]:
+        """Each case with its result. Runs on the caller's thread, and so does `progress`."""
+        for case in cases:
+            self._tell(case, "read")
+            got: Any = next(scans)
+            if not isinstance(got, CaseResult):
+                got = _attempt(case, self._segment, case, got)
+            yield case, got
+            del got
+
+    def write(self, item: tuple[Case, Segmentation | CaseResult]) -> CaseResult:
+        case, got = item
+        return got if isinstance(got, CaseResult) else _attempt(case, self._write, case, got)
+
+    def _tell(self, case: Case, stage: str) -> None:
+        if self.progress is not None:
+            self.progress(case, stage)
+
+    def _read(self, case: Case) -> Scan | CaseResult:
+        files = self.plan.files(case)
+        if self.resume and self.ledger.finished(case, files):
+            return CaseResult(case, outputs=files, resumed=True)
+        return self.segmenter.read(case.path, allow_non_hu=self.allow_non_hu)
+
+    def _segment(self, case: Case, scan: Scan) -> Segmentation:
+        result = self.segmenter.segment(scan, progress=partial(self._tell, case))
+        self._tell(case, "write")
+        return result
+
+    def _write(self, case: Case, result: Segmentation) -> CaseResult:
+        files = self.plan.files(case)
         _write(result, case, files)
+        self.ledger.note(case)
         return CaseResult(case, result, files)
+
+
+def _attempt(case: Case, step: Callable[..., T], *arguments: Any) -> T | CaseResult:
+    """What a step returns, or how the case failed."""
+    try:
+        return step(*arguments)
     except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
         logger.debug("%s failed", case.path, exc_info=True)
         return _failed(case, error)

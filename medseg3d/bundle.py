@@ -18,9 +18,11 @@ from medseg3d.checkpoints.files import read_weights
 from medseg3d.checkpoints.merging import mergings, order_of
 from medseg3d.compatibility import adapt_network
 from medseg3d.errors import in_words
+from medseg3d.inference import SubVolumes
 from medseg3d.inference.device import resolve_device
+from medseg3d.inference.precision import PRECISIONS
 from medseg3d.io import LabelTable
-from medseg3d.recipe import steps_of
+from medseg3d.recipe import as_strategy, steps_of, strategy_named
 from medseg3d.report.run import model_record
 from medseg3d.segmenter import Segmenter
 
@@ -33,6 +35,12 @@ def load_model(
     device: str | torch.device = "auto",
     trust: bool = False,
     compile: bool = False,
+    precision: str = "auto",
+    mirror: bool = False,
+    strategy: str | None = None,
+    overlap: float | None = None,
+    max_ram: int | None = None,
+    max_vram: int | None = None,
 ) -> Segmenter:
     """Load a model once, to segment many scans with it.
 
@@ -41,13 +49,20 @@ def load_model(
         device: "auto", "cpu", "gpu", "gpu:N", "cuda:N" or "mps".
         trust: a bundle's configs and scripts are code that runs here. Models that ship with medseg3d run without
             asking; for every other one say ``trust=True`` once you know where it comes from.
-        compile: compile the network, see :class:`medseg3d.segmenter.Segmenter`.
+        compile, mirror, max_ram, max_vram: see :class:`medseg3d.segmenter.Segmenter`.
+        strategy: "sub-volumes", "slices" or "downsampled" instead of the bundle's own, where its network permits.
+        overlap: share of a window that neighbours have in common, instead of the bundle's.
+        precision: "fp32", "bf16", "fp16" or "auto", which is bfloat16 where the bundle allows a lower precision, the
+            hardware is fast in it and a window of the first scan agrees with float32. A bundle allows it by
+            ``"precision": "auto"`` in its inference config, or by ``amp`` of its evaluator.
 
     Raises:
         ValueError: no such model, no such device, or a bundle that cannot segment.
         UntrustedBundle: a foreign bundle without ``trust``.
         FileNotFoundError: the bundle has no weights.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     bundle = find_bundle(model)
     bundle.require_trust(trust)
     torch_device = resolve_device(device)
@@ -58,6 +73,7 @@ def load_model(
         preprocessing = _resolved(parser, bundle, *_PREPROCESSING)
         postprocessing = _resolved(parser, bundle, *_POSTPROCESSING)
         inferer = _resolved(parser, bundle, "inferer")
+    inferer = _changed(inferer, network, strategy, overlap)
     weights = bundle.path / "models" / "model.pt"
     notes += _load_weights(network, weights, bundle)
     return Segmenter(
@@ -72,6 +88,10 @@ def load_model(
         record=model_record(bundle.name, bundle.version, bundle.path, weights),
         notes=notes,
         compile=compile,
+        precision="fp32" if precision == "auto" and not _allows_lower_precision(parser) else precision,
+        mirror=mirror,
+        max_ram=max_ram,
+        max_vram=max_vram,
     )
 
 
@@ -122,6 +142,28 @@ def _resolved(parser: ConfigParser, bundle: BundleInfo, *names: str) -> Any:
                 ) from error
     wanted = " or ".join(map(repr, names))
     raise ValueError(f"{bundle.name}: its inference config defines no {wanted}, which medseg3d needs")
+
+
+def _changed(inferer: Any, network: torch.nn.Module, strategy: str | None, overlap: float | None) -> Any:
+    """The inferer, or what was asked for in its place."""
+    if strategy is not None:
+        inferer = strategy_named(strategy, network, as_strategy(inferer))
+    if overlap is not None:
+        own = as_strategy(inferer)
+        if not isinstance(own, SubVolumes):
+            raise ValueError(f"overlap is of windows, which {type(inferer).__name__} does not have: leave it out")
+        inferer = own.changed(overlap=overlap)
+    return inferer
+
+
+def _allows_lower_precision(parser: ConfigParser) -> bool:
+    if parser.get("precision") == "auto":
+        return True
+    evaluator = parser.get("evaluator")
+    amp = evaluator.get("amp", False) if isinstance(evaluator, Mapping) else False
+    if isinstance(amp, str) and amp.startswith("@"):
+        amp = parser.get(amp[1:])
+    return amp is True
 
 
 def _load_weights(network: torch.nn.Module, path: Path, bundle: BundleInfo) -> list[str]:

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from medseg3d.errors import in_words, is_out_of_memory
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
+_REPORTED = ("allow_non_hu", "resume", "compile", "strategy", "overlap", "mirror", "max_ram", "max_vram")
 _CLEAR_LINE = "\r\x1b[K"  # of a terminal, where progress may stand
 
 
@@ -39,7 +41,8 @@ def predict(args: argparse.Namespace) -> int:
     plan = OutputPlan(Path(args.output).expanduser(), OUTPUT_TYPES[args.output_type], args.statistics, args.preview)
     try:
         inputs = find_inputs(args.input)
-        plan.prepare(inputs)
+        if not args.plan:
+            plan.prepare(inputs)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for path, reason in inputs.skipped:
@@ -55,9 +58,19 @@ def predict(args: argparse.Namespace) -> int:
 
     stopwatch = Stopwatch()
     with stopwatch.stage("load model"):
-        segmenter = load_model(bundle.path, args.device, trust=trust, compile=args.compile)
+        segmenter = load_model(
+            bundle.path, args.device, trust, args.compile, args.precision, args.mirror, args.strategy, args.overlap,
+            args.max_ram, args.max_vram,
+        )  # fmt: skip
     for note in segmenter.notes:
         _say(f"note: {note}")
+    if args.plan:
+        for case in inputs.cases:
+            status.stage(case, "plan")
+            found = segmenter.plan(segmenter.read(case.path, args.allow_non_hu))
+            status.clear()
+            print(f"{case.name}\n{textwrap.indent(str(found), '  ')}")
+        return DONE
     outcomes = []
     with stopwatch.stage("cases"):
         for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
@@ -255,7 +268,7 @@ def _write_report(
         cases=[outcome.record() for outcome in outcomes],
         device=segmenter.describe_device(),
         threads=torch.get_num_threads(),
-        options={"allow_non_hu": args.allow_non_hu, "resume": args.resume, "compile": args.compile},
+        options={name: getattr(args, name) for name in _REPORTED} | {"precision": segmenter.precision},
         seconds=seconds,
         device_peak_memory_mb=torch.cuda.max_memory_allocated(segmenter.device) / 2**20 if cuda else None,
         warnings=segmenter.notes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,6 +81,23 @@ def _add_predict(verbs: Any) -> None:
         help="compile the network: minutes at the first scan, for long batches with MONAI's networks; medseg3d's own "
         "may be slower with it",
     )
+    verb.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="auto: bf16 where bundle and hardware allow it and a window agrees with fp32 (default: auto)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--strategy", choices=("sub-volumes", "slices", "downsampled"),
+        help="how network and volume come together (default: the bundle's)",
+    )  # fmt: skip
+    verb.add_argument("--overlap", type=float, metavar="SHARE", help="of neighbouring windows (default: the bundle's)")
+    verb.add_argument(
+        "--mirror", action="store_true", help="average over the 8 mirror images of each window, in 8 times the time"
+    )
+    verb.add_argument(
+        "--plan", action="store_true", help="only tell strategy, windows, time and memory; nothing is written"
+    )
+    verb.add_argument("--max-ram", type=_bytes, metavar="SIZE", help="memory that may be held, such as 6G or 800M")
+    verb.add_argument("--max-vram", type=_bytes, metavar="SIZE", help="the same on the device")
     verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
     _add_trust(verb)
 
@@ -137,3 +155,10 @@ def _add_trust(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
     )
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size is a number with K, M, G or T, such as 6G or 800M; got {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

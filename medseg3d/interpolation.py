@@ -52,7 +52,7 @@ def axis_weights(n_in: int, n_out: int, order: int = 1) -> np.ndarray:
 
 
 def weights_at(centres: np.ndarray, n_in: int, ratio: float, order: int = 1) -> np.ndarray:
-    """The weights of `axis_weights` at any `centres` (n_out,), for new voxels `ratio` times as large as the old ones."""
+    """The weights of `axis_weights` at any `centres` (n_out,), for new voxels `ratio` times as large as the old."""
     width = max(1.0, ratio)
     reach = int(np.ceil(width)) if order == 1 else 16  # the cubic kernel has fallen below 1e-9 there
     centres = centres[:, None]
@@ -81,24 +81,31 @@ def _interpolate_volume(volume: np.ndarray, shape: tuple[int, int, int], order: 
     return result.transpose(np.argsort(layout))
 
 
-def _apply_weights(volume: np.ndarray, weights: np.ndarray, axis: int, rows: int = 16, slabs: int = 16) -> np.ndarray:
+def _apply_weights(volume: np.ndarray, weights: np.ndarray, axis: int, rows: int = 16, slabs: int = 2) -> np.ndarray:
     """`weights` (n_out, n_in) along one axis of a 3D array of any dtype: float32, with n_out voxels on that axis.
 
     The weights are banded, so `rows` output voxels at a time need only a span of the input. It is cast and multiplied
     a few slabs at a time, which stay in the cache: the whole volume never exists in float32.
     """
-    shape = list(volume.shape)
-    shape[axis] = len(weights)
-    result = np.empty(shape, np.float32)
-    source, target = np.moveaxis(volume, axis, 1), np.moveaxis(result, axis, 1)
+    bands = []
     for row in range(0, len(weights), rows):
         band = weights[row : row + rows]
         used = np.flatnonzero(band.any(axis=0))
         span = slice(used[0], used[-1] + 1)
-        band = band[:, span].astype(np.float32)
-        for slab in range(0, len(source), slabs):
-            block = source[slab : slab + slabs, span].astype(np.float32, order="C")
-            np.matmul(band, block, out=target[slab : slab + slabs, row : row + rows])
+        bands.append((slice(row, row + rows), span, band[:, span].astype(np.float32)))
+    shape = list(volume.shape)
+    shape[axis] = len(weights)
+    result = np.empty(shape, np.float32)
+    last = axis == 2  # the weights multiply from the right, so that voxels stay where they lie in memory
+    source, target = (array if last else np.moveaxis(array, axis, 1) for array in (volume, result))
+    for slab in range(0, len(source), slabs):
+        block = source[slab : slab + slabs].astype(np.float32, order="C", copy=False)
+        part = target[slab : slab + slabs]
+        for row, span, band in bands:
+            if last:
+                np.matmul(block[..., span], band.T, out=part[..., row])
+            else:
+                np.matmul(band, block[:, span], out=part[:, row])
     return result
 
 

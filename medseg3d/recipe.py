@@ -1,7 +1,7 @@
 """What a bundle's inferer and post-processing come to, so that a scan is segmented in slabs instead of as they stand.
 
 A bundle says: windows, softmax, back to the scan's grid, argmax. Done in that order every class exists at every voxel
-of the scan. The same labels come of slabs, and of logits interpolated where labels meet only.
+of the scan. The same labels come of slabs, and of interpolating only where labels meet.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Any
 
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose, EnsureTyped, Invertd
+from torch import nn
 
 from medseg3d.data.transforms import LabelsOnInputGridd, applied_frame
 from medseg3d.geometry import Geometry
-from medseg3d.inference import SubVolumes
+from medseg3d.inference import Downsampled, Slices, SubVolumes
 from medseg3d.inference.grid_map import AxisMap, along, between
 from medseg3d.inference.strategy import Strategy
 
-INTERPOLATE_LOGITS, MOVE_LABELS = 1, 0
+STRATEGIES: dict[str, type[Strategy]] = {"sub-volumes": SubVolumes, "slices": Slices, "downsampled": Downsampled}
+INTERPOLATE, MOVE_LABELS = 1, 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Recipe:
     Attributes:
         strategy: in which windows or slices the network runs.
         order: 1 if the logits are interpolated onto the scan's grid, 0 if the labels are moved there.
+        softmax: whether it is the softmax of the logits that is interpolated.
         by_frame: whether the way back is that of the recorded frame, as ``LabelsOnInputGridd`` takes it, rather than
             the one between the affines of both grids.
         rest: what happens to the label map then.
@@ -36,6 +39,7 @@ class Recipe:
 
     strategy: Strategy
     order: int
+    softmax: bool
     by_frame: bool
     rest: Compose
 
@@ -54,24 +58,25 @@ def find_recipe(inferer: Any, postprocessing: Callable) -> Recipe | None:
     """The recipe of what a bundle defines; None where that is none of the usual, and must be carried out as it stands.
 
     Of the post-processing these beginnings are known, for the key "pred": ``LabelsOnInputGridd``; softmax or nothing,
-    ``Invertd``, argmax; softmax or nothing, argmax, ``Invertd``. Logits are interpolated where a bundle interpolates
-    probabilities: between two voxels the labels then part at a slightly different place.
+    ``Invertd``, argmax; softmax or nothing, argmax, ``Invertd``.
     """
     strategy = as_strategy(inferer)
     steps = [step for step in steps_of(postprocessing) if not isinstance(step, EnsureTyped)]
     if strategy is None or not steps:
         return None
     if isinstance(steps[0], LabelsOnInputGridd):
-        return _recipe(strategy, INTERPOLATE_LOGITS, steps[1:], by_frame=True)
-    if _is_softmax(steps[0]):
+        return _recipe(strategy, INTERPOLATE, False, steps[1:], by_frame=True)
+    softmax = _is_softmax(steps[0])
+    if softmax:
         steps = steps[1:]
     if len(steps) < 2:
         return None
+    first: Any
     first, second, *rest = steps
     if _is_inverse(first) and _is_argmax(second):
-        return _recipe(strategy, MOVE_LABELS if first.nearest_interp[0] else INTERPOLATE_LOGITS, rest)
+        return _recipe(strategy, MOVE_LABELS if first.nearest_interp[0] else INTERPOLATE, softmax, rest)
     if _is_argmax(first) and _is_inverse(second):
-        return _recipe(strategy, MOVE_LABELS, rest)
+        return _recipe(strategy, MOVE_LABELS, softmax, rest)
     return None
 
 
@@ -105,11 +110,13 @@ def steps_of(transform: Any) -> Iterator[Callable]:
         yield transform
 
 
-def _recipe(strategy: Strategy, order: int, rest: Sequence[Callable], by_frame: bool = False) -> Recipe | None:
+def _recipe(
+    strategy: Strategy, order: int, softmax: bool, rest: Sequence[Callable], by_frame: bool = False
+) -> Recipe | None:
     # A second way back, or one more argmax, is not what was recognised.
     if any(isinstance(step, Invertd | LabelsOnInputGridd) or _is_argmax(step) for step in rest):
         return None
-    return Recipe(strategy, order, by_frame, Compose(list(rest)))
+    return Recipe(strategy, order, softmax, by_frame, Compose(list(rest)))
 
 
 def _is_inverse(step: Any) -> bool:
@@ -125,3 +132,25 @@ def _is_argmax(step: Any) -> bool:
         return False
     others = (step.to_onehot[0], step.threshold[0], step.rounding[0])
     return bool(step.argmax[0]) and not any(option not in (None, False) for option in others)
+
+
+def strategy_named(name: str, network: nn.Module, own: Strategy | None) -> Strategy:
+    """The bundle's ``own`` strategy where it is of that name, else one of that name with usual sizes.
+
+    Args:
+        name: one of ``STRATEGIES``.
+        network: whose convolutions tell whether it is for slices or for volumes.
+
+    Raises:
+        ValueError: no such strategy, or one that the network cannot take part in.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    flat = not any(isinstance(module, nn.Conv3d) for module in network.modules())
+    if flat != (name == "slices"):
+        fitting = "slices" if flat else "sub-volumes or downsampled"
+        raise ValueError(
+            f"strategy {name!r} does not suit a network of {2 if flat else 3}D convolutions: take {fitting}"
+        )
+    kind = STRATEGIES[name]
+    return own if isinstance(own, kind) else kind(96) if kind is SubVolumes else kind()

@@ -5,32 +5,34 @@ Shape legend: arrays are (D, H, W); image_BCDHW and logits_BKDHW go through the 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from medseg3d.data.checks import check_ct, check_voxels
-from medseg3d.errors import in_words
+from medseg3d.geometry import Geometry
+from medseg3d.inference.augmentation import side_pairs
 from medseg3d.inference.device import device_name
 from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.inference.onto_grid import labels_onto
+from medseg3d.inference.strategy import plain
 from medseg3d.io import LabelTable, as_volume, write_label_map
-from medseg3d.recipe import find_recipe
+from medseg3d.planning import Plan, make_plan
+from medseg3d.recipe import Recipe, as_strategy, find_recipe
 from medseg3d.report.preview import preview, write_preview
 from medseg3d.report.run import Stopwatch
 from medseg3d.report.statistics import statistics
+from medseg3d.runner import Runner
 from medseg3d.volume import Volume
 
 if TYPE_CHECKING:
     from medseg3d.batch import CaseResult
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,11 @@ class Segmenter:
         expects_hu: whether the input must be a CT in Hounsfield units.
         record: what a run report says of the model.
         notes: what was adapted when the model was loaded.
-        compile: give the inferer the network through ``torch.compile``. That takes minutes at the first window. Those
-            after it are faster with most networks; medseg3d's own may be slower, since they choose how to compute by
-            what runs. Where it fails, the network runs as it is and a warning tells why.
+        compile, precision: how the network runs, see :class:`medseg3d.runner.Runner`.
+        mirror: average over windows and their mirror images along all axes of the network's grid; labels of the left
+            and right side, known by their names, change places.
+        max_ram, max_vram: bytes that the process and the device may hold; what has to be given up for it, a warning
+            tells.
     """
 
     def __init__(
@@ -122,6 +126,10 @@ class Segmenter:
         record: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         compile: bool = False,
+        precision: str = "fp32",
+        mirror: bool = False,
+        max_ram: int | None = None,
+        max_vram: int | None = None,
     ) -> None:
         self.network = network
         self.preprocessing = preprocessing
@@ -133,7 +141,9 @@ class Segmenter:
         self.expects_hu = expects_hu
         self.record = dict(record or {})
         self.notes = tuple(notes)
-        self._compiled: Any = torch.compile(network) if compile else None
+        self.max_ram, self.max_vram = max_ram, max_vram
+        axes = range(3) if mirror else ()
+        self.runner = Runner(network, device, precision, compile, axes, side_pairs(table.names))
 
     @property
     def labels(self) -> dict[int, str]:
@@ -185,6 +195,30 @@ class Segmenter:
         seconds = {**scan.seconds, **stopwatch.seconds}
         return Segmentation(volume.with_array(labels), volume, self.table, self.name, tuple(warnings), seconds)
 
+    def plan(self, scan: Scan) -> Plan:
+        """How :meth:`segment` will do a scan and what that will take; one window of it is tried.
+
+        Raises:
+            ValueError: the bundle does more than the usual at its end, so that it is carried out as it stands.
+            OverMemoryLimit: the scan does not fit into ``max_ram`` and ``max_vram``.
+        """
+        image = self.preprocessing({"image": _meta_tensor(scan.volume)})["image"]
+        recipe = find_recipe(self.inferer, self.postprocessing)
+        if recipe is None:
+            raise ValueError(
+                f"what {self.name} does after its network is carried out as it stands, and cannot be planned"
+            )
+        return self._plan(recipe, image, scan.volume)
+
+    def _plan(self, recipe: Recipe, image: torch.Tensor, volume: Volume) -> Plan:
+        image_BCDHW = plain(image)[None].to(self.device)
+
+        def plan(network: Callable) -> Plan:
+            limits = self.max_ram, self.max_vram
+            return make_plan(recipe.strategy, recipe.order, image_BCDHW, volume.shape, network, *limits)
+
+        return self.runner(plan, partial(recipe.strategy.example, image_BCDHW), [])
+
     def predict_many(
         self, inputs: Sequence[str | Path] | str | Path, output_dir: str | Path, resume: bool = False, **options: Any
     ) -> Iterator[CaseResult]:
@@ -192,6 +226,12 @@ class Segmenter:
         from medseg3d.batch import predict_many
 
         return predict_many(self, inputs, output_dir, resume=resume, **options)
+
+    @property
+    def precision(self) -> str:
+        """In which precision the network runs, and why; what was asked for until a scan has been there to try it on."""
+        chosen = self.runner.precision
+        return self.runner.wanted if chosen is None else chosen.reason
 
     def describe_device(self) -> str:
         """Where the network runs, for reports."""
@@ -207,39 +247,35 @@ class Segmenter:
         """
         image = data["image"]
         recipe = find_recipe(self.inferer, self.postprocessing)
+        if recipe is not None and (self.max_ram, self.max_vram) != (None, None):
+            with stopwatch.stage("plan"):
+                plan = self._plan(recipe, image, volume)
+            recipe = replace(recipe, strategy=plan.strategy, order=plan.order)
+            warnings += [f"to stay within the memory that is allowed: {step}" for step in plan.steps]
         maps = None
         if recipe is not None:
             with suppress(ValueError):  # grids oblique to each other: the bundle's own way back is taken
                 maps = recipe.maps(image, volume.geometry)
         with stopwatch.stage("network"):
-            image_BCDHW = image[None].to(self.device)
+            image_BCDHW = plain(image)[None].to(self.device)
+        strategy = as_strategy(self.inferer)
+        example = None if strategy is None else partial(strategy.example, image_BCDHW)
+        sides = _laterality_axis(image)
         if recipe is None or maps is None:
             with stopwatch.stage("network"):
-                prediction = self._run(lambda network: self.inferer(image_BCDHW, network)[0].cpu(), warnings)
-            return {**data, "pred": prediction}, self.postprocessing
+                whole = self.runner(
+                    lambda network: self.inferer(image[None].to(self.device), network), example, warnings, sides
+                )
+            return {**data, "pred": whole[0].float().cpu()}, self.postprocessing
 
         def label_map(network: Callable) -> np.ndarray:
             slabs = stopwatch.each("network", recipe.strategy.slabs(image_BCDHW, network))
-            return labels_onto(slabs, maps)
+            return labels_onto(slabs, maps, recipe.softmax)
 
         with stopwatch.stage("labels"):
-            labels = self._run(label_map, warnings)
+            labels = self.runner(label_map, example, warnings, sides)
         data["pred"] = _on_grid(labels, volume)
         return data, recipe.rest
-
-    def _run(self, infer: Callable[[Callable], T], warnings: list[str]) -> T:
-        """``infer`` with the network, compiled where that was asked for and can be done."""
-        failure = ""
-        if self._compiled is not None:
-            try:
-                return infer(self._compiled)
-            except Exception as error:  # of the tracer, of a compiler, or the bundle's own, which comes again below
-                failure = textwrap.shorten(in_words(error), 200, placeholder=" ...")
-        result = infer(self.network)
-        if failure:
-            self._compiled = None
-            warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
-        return result
 
     def _label_map(self, prediction: torch.Tensor, volume: Volume) -> np.ndarray:
         """(D, H, W) labels; an error unless the bundle brought its prediction back to the input's own grid."""
@@ -284,3 +320,9 @@ def _on_grid(labels: np.ndarray, volume: Volume) -> Any:
 
     tensor = torch.from_numpy(np.ascontiguousarray(labels))[None]
     return MetaTensor(tensor, affine=torch.from_numpy(volume.affine.copy()))
+
+
+def _laterality_axis(image: Any) -> int:
+    """The spatial axis of a preprocessed image (C, D, H, W) from one side of the patient to the other."""
+    codes = Geometry(tuple(image.shape[1:]), image.affine.cpu().numpy()).orientation
+    return next(axis for axis, code in enumerate(codes) if code in "LR")

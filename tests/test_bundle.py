@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(path):
-    return load_model(path, "cpu", trust=True)
+    return load_model(path, "cpu", trust=True, precision="fp32")
 
 
 def labels(model, scan):

@@ -24,7 +24,7 @@ def filled(network):
 
 
 def load(path):
-    return load_model(path, "cpu", trust=True)
+    return load_model(path, "cpu", trust=True, precision="fp32")
 
 
 def labels(model, scan):

@@ -20,7 +20,8 @@ FLOORS = [
     {"io", "layers", "losses", "metrics", "catalogue"},
     {"data", "networks", "flops"},
     {"inference", "checkpoints", "compatibility"},
-    {"report", "recipe"},
+    {"report", "recipe", "runner"},
+    {"planning"},
     {"training", "segmenter", "batch"},
     {"bundle", "compare"},
     {"medseg3d", "doctor", "cli_arguments"},
@@ -40,7 +41,7 @@ ONLY = {
     "checkpoints": {"io", "layers", "networks", "version"},
     "compatibility": {"layers", "networks"},
     "cli_arguments": {"catalogue", "version"},
-    "inference": {"io", "volume", "geometry"},  # networks and transforms arrive as callables
+    "inference": {"io", "volume", "geometry", "interpolation"},  # networks and transforms arrive as callables
 }
 THIRD_PARTY_ONLY = {
     "interpolation": {"numpy"},

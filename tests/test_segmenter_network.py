@@ -73,7 +73,7 @@ def test_an_error_of_the_bundle_is_no_failure_to_compile(models, ct_file, monkey
     with pytest.raises(ValueError, match="no such scan"):
         segmenter.predict(ct_file)
     monkeypatch.setattr(segmenter, "inferer", models.own.inferer)
-    assert not segmenter.predict(ct_file).warnings and segmenter._compiled is not None
+    assert not segmenter.predict(ct_file).warnings and segmenter.runner.compiles
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", ["begin", "network", "end"]), ("meta", ["network"])])

@@ -76,7 +76,8 @@ class Flips:
         mean = Mean(self.average)
         for mirrored, logits_BK in self._answers(window_BC, args, kwargs):
             swap = bool(self.pairs) and self.laterality_axis in mirrored
-            mean.add(_mirror(logits_BK, mirrored), channels=self._swapped(logits_BK.shape[1]) if swap else None)
+            answer_BK = _mirror(logits_BK, mirrored) if mirrored else logits_BK
+            mean.add(answer_BK, channels=self._swapped(logits_BK.shape[1]) if swap else None)
         return mean.result()
 
     def _answers(
@@ -129,4 +130,5 @@ def side_pairs(names: Mapping[int, str]) -> tuple[tuple[int, int], ...]:
 
 
 def _mirror(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    return x.flip([2 + axis for axis in axes]) if axes else x
+    """A copy, also along no axis: a network that writes into its input harms no other mirror image."""
+    return x.flip([2 + axis for axis in axes])

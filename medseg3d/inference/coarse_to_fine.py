@@ -161,6 +161,8 @@ class CoarseToFine(Streamed):
                 f"{stack} slices it sees, got {channels}"
             )
         logits = logits.detach()
+        if logits.isnan().any():
+            raise ValueError("the network's output is not a number at some voxels: its weights or its input are broken")
         return logits.softmax(1)[:, 1:] if channels == 2 else logits.sigmoid()
 
     def _told(self, latest: Round) -> Round:

@@ -7,17 +7,20 @@ layer, ``*plane`` the axes of a slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medseg3d.inference.grid_map import edge_to_edge
+from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.inference.slabs import Head, Slab
-from medseg3d.inference.streamed import Streamed, one_image
+from medseg3d.inference.strategy import like
+from medseg3d.inference.streamed import Streamed, one_image, some_images
 
-MODES = {1: "linear", 2: "bilinear"}
+MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Downsampled(Streamed):
@@ -25,14 +28,15 @@ class Downsampled(Streamed):
 
     The image becomes smaller by a triangle filter as wide as the new voxels, so that nothing aliases (where it is
     already smaller than ``size``, it becomes larger by linear interpolation). Both grids span the same extent, edge to
-    edge. Logits come back by linear interpolation, slice by slice: only the small grid's two neighbouring slices exist
-    with a plane of full size. Where the network ends in a convolution of kernel 1 from fewer channels than there are
-    classes, as many channels are interpolated instead, and the convolution comes after, which is the same but for
-    rounding.
+    edge. Logits come back by linear interpolation, slice by slice: only two neighbouring slices of the small grid exist
+    with a plane of full size at a time. Labels need logits along borders only. Where the network ends in a convolution
+    of kernel 1 from fewer channels than there are classes, as many channels are interpolated instead, and the
+    convolution comes after, which is the same but for rounding.
 
     Args:
         size: of the image that the network sees, one for each spatial axis; two or three axes.
-        progress: called as ``progress(done, total)`` after each slice of one image.
+        progress: called as ``progress(done, total)`` after each slice of logits of one image, and by ``label_map``
+            after each image.
 
     Raises:
         ValueError: a size is less than 1, or they are not two or three.
@@ -49,6 +53,19 @@ class Downsampled(Streamed):
     def slabs(self, image_BC: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
         """The segmented image (1, C, *spatial), one slice a slab, along the axis that lost most.
 
+        Arguments and errors as for :meth:`small`.
+        """
+        small = self.small(image_BC, network, *args, **kwargs)
+        full = image_BC.shape[2:]
+        axis = max(range(len(full)), key=lambda a: full[a] / self.size[a])
+        for start, plane in enumerate(enlarged(small.values, full, axis)):
+            yield Slab(axis, start, plane.unsqueeze(1 + axis), small.head)
+            if self.progress is not None:
+                self.progress(start + 1, full[axis])
+
+    def small(self, image_BC: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Slab:
+        """What the network makes of the image, on the small grid, as one slab.
+
         Args:
             image_BC: one image with as many spatial axes as ``size``.
             network: called once, on (1, C, *size) with ``args`` and ``kwargs``; returns logits (1, K, *size).
@@ -58,20 +75,34 @@ class Downsampled(Streamed):
                 returns something else.
         """
         image = one_image(image_BC)
-        full = image.shape[1:]
+        full = tuple(image.shape[1:])
         if len(full) != len(self.size):
             raise ValueError(
-                f"size {self.size} is for {len(self.size)} spatial axes, but the image has {len(full)}: {tuple(full)}"
+                f"size {self.size} is for {len(self.size)} spatial axes, but the image has {len(full)}: {full}"
             )
-        small = resample(image, self.size)
-        logits = network(small[None], *args, **kwargs)
+        seen = image.clone() if full == self.size else resample(image, self.size)  # the network may change its input
+        logits = network(seen[None].to(image.dtype if image.is_floating_point() else torch.float32), *args, **kwargs)
         self._require_logits(logits)
-        values, head = factored(logits[0].detach(), network)
-        axis = max(range(len(full)), key=lambda a: full[a] / self.size[a])
-        for start, plane in enumerate(enlarged(values, full, axis)):
-            yield Slab(axis, start, plane.unsqueeze(1 + axis), head)
+        return Slab(0, 0, *factored(logits[0].detach(), network))
+
+    def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Class numbers (B, 1, *spatial), uint8 (int32 above 256 classes): the argmax of the logits, ties to the lower.
+
+        Logits are interpolated only along the borders between labels: elsewhere all neighbours agree on the label. So
+        a voxel whose two best classes are equal but for rounding may get the other one.
+
+        Raises:
+            ValueError: as :meth:`small`, or a logit is not a number.
+        """
+        images = some_images(inputs)
+        labels = []
+        for number in range(len(images)):
+            small = self.small(images[number : number + 1], network, *args, **kwargs)
+            own = labels_onto([small], edge_to_edge(self.size, images.shape[2:]))
+            labels.append(torch.from_numpy(own.astype(np.uint8 if small.classes <= 256 else np.int32, copy=False)))
             if self.progress is not None:
-                self.progress(start + 1, full[axis])
+                self.progress(number + 1, len(images))
+        return like(torch.stack(labels)[:, None].to(images.device), inputs)
 
     def _require_logits(self, logits: Any) -> None:
         if not isinstance(logits, torch.Tensor):
@@ -83,53 +114,38 @@ class Downsampled(Streamed):
             raise ValueError(f"the network must return logits of the size {self.size}, got {tuple(logits.shape[2:])}")
 
 
-def resample(image_C: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """(C, *spatial) -> (C, *size) by :func:`axis_weights` along each axis; a floating type is kept, else float32."""
-    result = image_C.float()
-    growth = [new / old for new, old in zip(size, image_C.shape[1:], strict=True)]
+def resample(values_C: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """(C, *spatial) -> (C, *size), float32: linear, and with a wider triangle where voxels become larger."""
+    result = values_C.float()
+    growth = [new / old for new, old in zip(size, values_C.shape[1:], strict=True)]
     for axis in sorted(range(len(size)), key=lambda a: growth[a]):  # what shrinks most leaves least for the others
-        if growth[axis] != 1:
-            weights = axis_weights(image_C.shape[1 + axis], size[axis]).to(result.device)
+        if growth[axis] < 1:
+            weights = weights_of(result.shape[1 + axis], size[axis]).to(result.device)
             result = (result.movedim(1 + axis, -1) @ weights.T).movedim(-1, 1 + axis)
-    return result.to(image_C.dtype if image_C.is_floating_point() else torch.float32).contiguous()
+    if max(growth) > 1:
+        result = F.interpolate(result[None], tuple(size), mode=MODES[len(size)])[0]
+    return result.contiguous()
 
 
-def axis_weights(n_in: int, n_out: int) -> torch.Tensor:
-    """The (n_out, n_in) float32 matrix that resamples an axis linearly; its rows sum to 1.
-
-    Where the new voxels are larger, the triangle is as wide as they are; beyond the ends the signal goes on at its last
-    value.
-    """
-    ratio = n_in / n_out
-    width = max(1.0, ratio)
-    centres = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * ratio - 0.5
-    voxels = centres.floor().long() + torch.arange(-ceil(width), ceil(width) + 2)
-    values = (1 - (voxels - centres).abs() / width).clamp(min=0)
-    weights = torch.zeros(n_out, n_in, dtype=torch.float64).scatter_add_(1, voxels.clamp(0, n_in - 1), values)
-    return (weights / weights.sum(1, keepdim=True)).float()
+def weights_of(n_in: int, n_out: int) -> torch.Tensor:
+    """The (n_out, n_in) float32 matrix that resamples an axis as preprocessing does."""
+    (one,) = edge_to_edge([n_in], [n_out])
+    return torch.from_numpy(one.weights).float()
 
 
 def enlarged(values_F: torch.Tensor, full: Sequence[int], axis: int) -> Iterator[torch.Tensor]:
-    """Slices (F, *plane) along ``axis`` of (F, *small) interpolated linearly to the size ``full``."""
+    """Slices (F, *plane) along ``axis`` of values (F, *small) resampled to the size ``full``."""
     slices = values_F.movedim(1 + axis, 0)
     plane = [size for other, size in enumerate(full) if other != axis]
-    made: dict[int, torch.Tensor] = {}  # the two neighbours, with a plane of full size
-
-    def neighbour(number: int) -> torch.Tensor:
-        if number not in made:
-            own = slices[number].float()
-            same = list(own.shape[1:]) == plane
-            made[number] = own if same else F.interpolate(own[None], plane, mode=MODES[len(plane)])[0]
-        return made[number]
-
-    for number in range(full[axis]):
-        place = (number + 0.5) * len(slices) / full[axis] - 0.5
-        place = min(max(place, 0), len(slices) - 1)
-        before = int(place)
-        for old in [n for n in made if n < before]:
-            del made[old]
-        share = place - before
-        yield neighbour(before).lerp(neighbour(before + 1), share) if share else neighbour(before)
+    planes: dict[int, torch.Tensor] = {}  # the small grid's slices of which the next one is made, in full size
+    for weights in weights_of(len(slices), full[axis]):
+        taps = weights.nonzero().flatten().tolist()
+        planes = {tap: planes[tap] if tap in planes else resample(slices[tap], plane) for tap in taps}
+        total, mean = float(weights[taps[0]]), planes[taps[0]]
+        for tap in taps[1:]:
+            total += float(weights[tap])
+            mean = mean.lerp(planes[tap], float(weights[tap]) / total)
+        yield mean
 
 
 def factored(logits_K: torch.Tensor, network: Callable) -> tuple[torch.Tensor, Head | None]:

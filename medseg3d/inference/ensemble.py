@@ -49,7 +49,7 @@ class Ensemble:
         """Logits (B, K, *spatial) in the type and on the device of the first network's own."""
         mean = Mean(self.average)
         for network, weight in zip(self.networks, self.weights, strict=True):
-            mean.add(network(window_BC, *args, **kwargs), weight)
+            mean.add(network(window_BC.clone(), *args, **kwargs), weight)  # one may write into its input
         return mean.result()
 
 

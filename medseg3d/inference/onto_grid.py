@@ -21,13 +21,15 @@ import torch
 from torch.nn import functional as F
 
 from medseg3d.inference.grid_map import AxisMap
-from medseg3d.inference.slabs import BLOCK, Head, Slab, largest
+from medseg3d.inference.slabs import Head, Slab, largest
 
-# Target voxels whose labels are made at a time; beside them there are the channels of the source voxels on borders.
-GROUP = 2**21
+# Target voxels whose labels are made at a time; the channels of the source voxels on their borders exist meanwhile.
+GROUP = 2**20
+# Of those, the ones whose logits exist at a time: they stay in the cache.
+BLOCK = 2**14
 
 
-def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap]) -> np.ndarray:
+def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap], softmax: bool = False) -> np.ndarray:
     """Labels on the target grid, background 0 outside the source.
 
     Linear maps give the argmax of the interpolated logits, ties to the lower class; nearest ones the label of the
@@ -36,6 +38,8 @@ def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap]) -> np.ndarray:
     Args:
         slabs: the whole source image, slice after slice; each is read before the next is asked for.
         maps: one for each axis of the target, from :mod:`medseg3d.inference.grid_map`.
+        softmax: interpolate the softmax of the logits instead of them, as MONAI's bundles do. Between two voxels the
+            labels part at a slightly different place then.
 
     Returns:
         Labels of the target's shape, uint8 (uint16 above 256 classes). The memory's order is that of the source's axes.
@@ -49,7 +53,7 @@ def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap]) -> np.ndarray:
         if part.classes > 256:
             labels = labels.astype(np.uint16, copy=False)
         own = [band.only(ready) if axis == part.axis else band for axis, band in enumerate(bands)]
-        _fill_labels(labels, part, own)
+        _fill_labels(labels, part, own, softmax)
     return labels.transpose([one.axis for one in maps])
 
 
@@ -189,7 +193,7 @@ def _overlapping(slabs: Iterable[Slab], bands: Sequence[_Band]) -> Iterator[Slab
             kept = Slab(slab.axis, last.stop - count, tail, slab.head)
 
 
-def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band]) -> None:
+def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band], softmax: bool) -> None:
     """Write the labels of the target slices of ``bands``, which draw on this part of the source."""
     own = part.labels()
     if part.classes > 255:
@@ -206,28 +210,27 @@ def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band]) -> None
         group[axis] = group[axis].moved(begin)
         some = cells.narrow(axis, begin - part.start, end - begin)
         values = part.values.narrow(1 + axis, begin - part.start, end - begin + group[axis].width - 1)
-        found = _labels(some, mixed, values, part.head, [band.to(own.device) for band in group])
+        rows = _Rows(values, some == mixed, [band.to(own.device) for band in group])
+        found = _labels(some, mixed, rows, part.head, softmax)
         labels[tuple(band.place for band in group)] = found.cpu().numpy()
 
 
-def _labels(
-    cells: torch.Tensor, mixed: int, values: torch.Tensor, head: Head | None, bands: Sequence[_Band]
-) -> torch.Tensor:
-    """Labels of the target slices of ``bands``, whose first source slices are counted from those given.
+def _labels(cells: torch.Tensor, mixed: int, source: _Rows, head: Head | None, softmax: bool) -> torch.Tensor:
+    """Labels of the target slices of ``source.bands``, whose first source slices are counted from those given.
 
     Args:
         cells: the label that all source voxels have on which a target voxel draws with this one as its first, or the
             number ``mixed``.
-        values: (F, ...) of the source, wherever cells reach.
+        source: the channels of the voxels of mixed cells.
     """
-    labels = cells
+    labels, bands = cells, source.bands
     for axis in sorted(range(len(bands)), key=lambda axis: len(bands[axis].first) / cells.shape[axis]):
         labels = labels.index_select(axis, bands[axis].first)
     places_V = (labels == mixed).flatten().nonzero()[:, 0]
-    if len(places_V) == 0:
-        return labels
-    source = _Rows(values, cells == mixed, bands)
-    for some_V in places_V.split(BLOCK):
+    if softmax:
+        source.take_softmax(head)
+        head = None
+    for some_V in places_V.split(BLOCK) if len(places_V) else ():
         means_FV = source.means(torch.unravel_index(some_V, labels.shape)).T
         logits_KV = means_FV if head is None else head(means_FV)
         labels.view(-1)[some_V] = largest(logits_KV)[0].to(labels.dtype)
@@ -266,6 +269,11 @@ class _Rows:
         self.strides = needed.stride()
         self.number_N = needed.flatten().cumsum(0, dtype=torch.int32) - 1
         self.rows_NF = values.movedim(0, -1)[needed].float()
+
+    def take_softmax(self, head: Head | None) -> None:
+        """Probabilities in the place of the logits, or of the channels of which ``head`` makes them."""
+        logits_NK = self.rows_NF if head is None else head(self.rows_NF.T).T
+        self.rows_NF = logits_NK.softmax(1)
 
     def means(self, places: Sequence[torch.Tensor]) -> torch.Tensor:
         """Weighted means (V, F) at target voxels, given by their number on each axis."""

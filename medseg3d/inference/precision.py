@@ -1,8 +1,8 @@
 """The precision in which a network runs, and whether it still gives the labels of float32.
 
 bfloat16 takes half the memory and, where the hardware multiplies it, far less time. But some operations of some
-releases of PyTorch, oneDNN and cuDNN are wrong in it, and some networks do not bear it. So nothing is taken for granted:
-one window of the scan at hand goes through the network in both.
+releases of PyTorch, oneDNN and cuDNN are wrong in it, and some networks do not bear it. So nothing is taken for
+granted, and one window of the scan at hand goes through the network in both.
 
 Shape legend: image_BC... and window_BC... are (batch, channels, *spatial axes), logits_BK... are (batch, classes,
 *spatial axes).
@@ -110,10 +110,10 @@ def choose_precision(
     tried: list[tuple[bool, Agreement]] = []
     problem = ""
     with torch.inference_mode():
-        full_BK = _first_tensor(in_precision(network, torch.float32)(window_BC))
+        full_BK = _first_tensor(in_precision(network, torch.float32)(window_BC.clone()))
         for autocast in (False, True) if _castable(network) else (True,):
             try:
-                low_BK = _first_tensor(in_precision(network, dtype, autocast)(window_BC))
+                low_BK = _first_tensor(in_precision(network, dtype, autocast)(window_BC.clone()))
             except (RuntimeError, TypeError) as error:  # types that do not go together, mostly
                 problem = str(error).partition("\n")[0]
                 continue
@@ -250,7 +250,7 @@ def _labels(logits_K: torch.Tensor) -> torch.Tensor:
 
 def _first_tensor(output: Any) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
-        if not isinstance(output, Mapping | Sequence) or not output:
+        if not isinstance(output, Mapping | tuple | list) or not output:
             raise ValueError(
                 f"precision is judged by a tensor of logits, but the network returns {type(output).__name__}"
             )

@@ -26,7 +26,8 @@ class Slices(Streamed):
     Along one axis slices leave as they come, and hardly any memory is needed. Several axes are fused: "mean" is the
     mean of their softmax probabilities and keeps one sum of K x volume, of the type ``accumulate``; "majority" is the
     class that most axes vote for, a tie going to the lower class, and keeps one uint8 label map an axis but the last.
-    Fused logits are the logarithm of the probabilities, or of the shares of votes, and carry no gradient.
+    Fused logits are the logarithm of the probabilities, or of the shares of votes. Results carry no gradient. For the
+    fusion of one organ's masks with clean-up see :class:`medseg3d.inference.CoarseToFine`.
 
     Args:
         axes: one spatial axis or several; negative ones count from the end.
@@ -116,10 +117,11 @@ class Slices(Streamed):
             for numbers in torch.arange(image.shape[1 + axis]).split(self.batch_size):
                 logits = self.planes(image, own, axis, numbers, *args, **kwargs)
                 start = int(numbers[0])
-                if axis != axes[-1]:
-                    fused.add(axis, start, logits)
+                if axis == axes[-1]:
+                    values = fused.finish(axis, start, logits) if len(axes) > 1 else logits.detach()
+                    yield from slice_slabs(axis, start, values)
                 else:
-                    yield from slice_slabs(axis, start, fused.finish(axis, start, logits) if len(axes) > 1 else logits)
+                    fused.add(axis, start, logits)
                 done += len(numbers)
                 if self.progress is not None:
                     self.progress(done, total)

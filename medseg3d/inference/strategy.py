@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from math import prod
 from typing import Any
 
 import torch
 
 from medseg3d.inference.slabs import Slab, label_dtype
+
+
+class _Seen(Exception):
+    """Nothing more than the first window was wanted."""
 
 
 class Strategy(ABC):
@@ -21,6 +27,27 @@ class Strategy(ABC):
     @abstractmethod
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Any:
         """Logits (B, K, *spatial) of images (B, C, *spatial)."""
+
+    def count(self, image_size: Sequence[int]) -> int:
+        """Windows, slices or volumes of one image that go through a network."""
+        return 1
+
+    def blending(self, image_size: Sequence[int], channels: int) -> tuple[int, int]:
+        """Bytes that the sums of ``channels`` take for one image in ``slabs``, and the voxels of its thickest slab."""
+        return 0, prod(image_size)
+
+    def example(self, image_BC: torch.Tensor) -> torch.Tensor:
+        """A window of an image (1, C, *spatial) as a network gets it, for whoever wants to try the network first."""
+        seen: list[torch.Tensor] = []
+
+        def network(window: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(window.clone())
+            raise _Seen
+
+        with suppress(_Seen):
+            for _ in self.slabs(image_BC, network):
+                pass
+        return seen[0]
 
     def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Class numbers (B, 1, *spatial), uint8 (int32 above 256 classes): the argmax of the logits, ties to the lower.

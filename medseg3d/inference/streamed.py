@@ -19,9 +19,7 @@ class Streamed(Strategy):
 
         The metadata and the history of a MetaTensor come along.
         """
-        images = plain(inputs)
-        if len(images) == 0:
-            raise ValueError(f"there must be one image or more, got a batch of shape {tuple(images.shape)}")
+        images = some_images(inputs)
         logits: torch.Tensor | None = None
         for number in range(len(images)):
             for slab in self.slabs(images[number : number + 1], network, *args, **kwargs):
@@ -31,6 +29,17 @@ class Streamed(Strategy):
                 logits[number][(slice(None), *slab.place)] = slab.logits()
         assert logits is not None
         return like(logits, inputs)
+
+
+def some_images(images_BC: torch.Tensor) -> torch.Tensor:
+    """A batch as a plain tensor.
+
+    Raises:
+        ValueError: there is no image in it.
+    """
+    if len(images_BC) == 0:
+        raise ValueError(f"there must be one image or more, got a batch of shape {tuple(images_BC.shape)}")
+    return plain(images_BC)
 
 
 def one_image(image_BC: torch.Tensor, axes: int = 2) -> torch.Tensor:

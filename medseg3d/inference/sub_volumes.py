@@ -6,13 +6,16 @@ Shape legend: image_BC... is (batch, channels, *spatial axes), any number of spa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from medseg3d.inference.heads import split_head
+from medseg3d.inference.precision import representative_window
 from medseg3d.inference.slabs import Head, Slab
 from medseg3d.inference.stitching import RollingSlab, Stitcher
 from medseg3d.inference.strategy import Strategy, like, plain
@@ -169,6 +172,27 @@ class SubVolumes(Strategy):
             assert slab is not None
             stop = layers[number + 1][0][axis].start if number + 1 < len(layers) else size[axis]
             yield from _without_padding(slab.leave(stop), axis, inside, head)
+
+    def changed(self, **arguments: Any) -> SubVolumes:
+        """The same with other ``arguments``."""
+        own = {name: getattr(self, name) for name in signature(SubVolumes).parameters}
+        return SubVolumes(**{**own, **arguments})
+
+    def count(self, image_size: Sequence[int]) -> int:
+        roi_size = self._roi_size(image_size)
+        padded = [max(size, roi) for size, roi in zip(image_size, roi_size, strict=True)]
+        return len(self._windows(padded, roi_size))
+
+    def blending(self, image_size: Sequence[int], channels: int) -> tuple[int, int]:
+        roi_size = self._roi_size(image_size)
+        padded = [max(size, roi) for size, roi in zip(image_size, roi_size, strict=True)]
+        axis = _slab_axis(padded, roi_size)
+        padded[axis] = roi_size[axis]
+        return prod(padded) * (channels * self.accumulate.itemsize + torch.float32.itemsize), prod(padded)
+
+    def example(self, image_BC: torch.Tensor) -> torch.Tensor:
+        """The window (1, C, *roi_size) in which values vary most among a few."""
+        return representative_window(image_BC, self.roi_size, padding_value=self.padding_value)
 
     def _windows(self, image_size: Sequence[int], roi_size: Sequence[int]) -> list[Window]:
         """In the order that slabs need, so that sums are the same to the last bit with slabs and without."""

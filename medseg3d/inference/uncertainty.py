@@ -45,6 +45,7 @@ def margin(slab: Slab, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return _of_slab(slab, margin_of, dtype)
 
 
+@torch.no_grad()
 def label_map_with_uncertainty(
     strategy: Strategy,
     inputs: torch.Tensor,

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from medseg3d.io.formats import split_name
 
@@ -23,13 +24,16 @@ _ADVICE = {
 }
 
 
-def write_atomic(path: str | Path, write: Callable[[Path], None], check: Callable[[Path], None] | None = None) -> Path:
+T = TypeVar("T")
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], T], check: Callable[[Path, T], None] | None = None) -> Path:
     """Write a file so that its name appears only once it is whole.
 
     `write(temporary)` fills a hidden file with the same suffix in the same folder, which is flushed to the disk;
-    `check(temporary)`, if given, reads it again and raises if it is wrong; then it takes the name `path` and the place
-    of an older file. Whatever is raised on the way, Ctrl-C included, the hidden file is removed and the older one left
-    as it was. Missing parent folders are made.
+    `check(temporary, what write returned)`, if given, reads it again and raises if it is wrong; then it takes the name
+    `path` and the place of an older file. Whatever is raised on the way, Ctrl-C included, the hidden file is removed
+    and the older one left as it was. Missing parent folders are made.
 
     Raises:
         OSError: what failed on which file and what to do, with the errno of the cause.
@@ -40,10 +44,10 @@ def write_atomic(path: str | Path, write: Callable[[Path], None], check: Callabl
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(temporary)
+            written = write(temporary)
             _flush(temporary)
             if check is not None:
-                check(temporary)
+                check(temporary, written)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -9,22 +9,30 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from gzip import BadGzipFile
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
 
 from isal import igzip, igzip_lib, isal_zlib
 
 GREATEST_RATIO = 1032  # deflate makes at most 258 bytes of two bits
 _MAGIC = b"\x1f\x8b"
 _HEAD = _MAGIC + b"\x08" + bytes(6) + b"\xff"  # deflated, no name, no time, of an unknown system
-_LEVEL = 1  # of ISA-L; as small as zlib's 1 and five times as fast
+# ISA-L's level 2, with blocks short enough that their Huffman codes follow the image: of CT, files within 1 % of those
+# of zlib's level 1 in a quarter of its time.
+_DEFLATE = {"level": 2, "method": isal_zlib.DEFLATED, "wbits": -isal_zlib.MAX_WBITS, "memLevel": 3}
 _PIECE = 1 << 20  # bytes that stay in the cache while they are worked on
 _THREADS = min(4, os.cpu_count() or 1)
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file is gzip, by its first two bytes."""
+    with path.open("rb") as file:
+        return file.read(2) == _MAGIC
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """The file's content, inflated if it is compressed whatever its name, and whether it is.
+def opened(path: Path) -> Iterator[BufferedIOBase]:
+    """The file's content, inflated if it is compressed, whatever its name.
 
     All members of a concatenated file are read as one. Each one's checksum is compared when its end is read.
 
@@ -32,33 +40,27 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
         OSError: the file cannot be opened.
         ValueError: within the block, where the compressed data are cut off or damaged.
     """
-    with path.open("rb") as raw:
-        compressed = raw.read(2) == _MAGIC
-        raw.seek(0)
-        if not compressed:
-            yield raw, False
-            return
-        try:
-            with igzip.IGzipFile(fileobj=raw, mode="rb") as file:
-                yield file, True
-        except EOFError as error:
-            raise ValueError(f"{path} is cut off: its gzip data have no end; copy or export it again") from error
-        except (BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]  # isal's stub declares an instance
-            raise ValueError(f"{path} is damaged: it cannot be unpacked ({error}); copy or export it again") from error
+    try:
+        with path.open("rb") as raw, igzip.IGzipFile(fileobj=raw) if is_compressed(path) else raw as file:
+            yield file
+    except EOFError as error:
+        raise ValueError(f"{path} is cut off: its gzip data have no end; copy or export it again") from error
+    except (BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]  # isal's stub declares an instance
+        raise ValueError(f"{path} is damaged: it cannot be unpacked ({error}); copy or export it again") from error
 
 
-def read_into(file: IO[bytes], buffer: memoryview) -> int:
+def read_into(file: BufferedIOBase, buffer: memoryview) -> int:
     """Fill a buffer of bytes from a file as far as that goes; the number of bytes.
 
     Piece by piece: what is inflated in the cache and moved takes two thirds of the time of one inflate of the whole.
     """
     at = 0
-    while got := file.readinto(buffer[at : at + _PIECE]):  # type: ignore[attr-defined]
+    while got := file.readinto(buffer[at : at + _PIECE]):
         at += got
     return at
 
 
-def read_to_end(file: IO[bytes]) -> None:
+def read_to_end(file: BufferedIOBase) -> None:
     """Pass over what is left, so that its checksum is compared."""
     while file.read(_PIECE):
         pass
@@ -78,12 +80,12 @@ def deflated(parts: Sequence[memoryview]) -> Iterator[bytes]:
             checksum = isal_zlib.crc32(part, checksum)
         yield _HEAD
         yield from stream
-    last = isal_zlib.compress(b"", _LEVEL, -isal_zlib.MAX_WBITS)
+    last = isal_zlib.compressobj(**_DEFLATE).flush()
     yield last + struct.pack("<II", checksum, sum(map(len, parts)) & 0xFFFFFFFF)
 
 
 def _deflated(piece: memoryview) -> bytes:
-    stream = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
+    stream = isal_zlib.compressobj(**_DEFLATE)
     return stream.compress(piece) + stream.flush(isal_zlib.Z_SYNC_FLUSH)
 
 

@@ -1,29 +1,26 @@
-"""NIfTI-1 and NIfTI-2: one read, one inflate, a view of the voxels; headers cloned when writing.
+"""NIfTI-1 and NIfTI-2: inflated straight into the array that is returned; headers cloned when writing.
 
 Layout and meaning of the fields: https://nifti.nimh.nih.gov/nifti-1 (nifti1.h) and nifti-2 (nifti2.h).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from gzip import BadGzipFile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from isal import igzip, igzip_lib, isal_zlib
 from nibabel.nifti1 import Nifti1Header, Nifti1Pair, data_type_codes, unit_codes
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from medseg3d.geometry import Geometry
 from medseg3d.io.formats import split_name
+from medseg3d.io.gz import GREATEST_RATIO, Sum, deflated, is_compressed, opened, read_into, read_to_end
 from medseg3d.io.voxels import fortran_order, plain_numbers, rescaled, spatial_shape
 from medseg3d.volume import Volume
 
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by spatial unit code; 0, unknown, is taken as mm
-_GZIP = b"\x1f\x8b"
+_LONGEST = 540  # bytes of a header, NIfTI-2's
 _SHEARED = 0.01  # degrees; a quaternion cannot say more
 _DISAGREE = 1.0  # mm between the sform's and the qform's place of a voxel that is worth a note
 
@@ -42,13 +39,26 @@ def read_nifti(path: str | Path) -> Volume:
     path = Path(path)
     notes: list[str] = []
     head_path, data_path = _pair(path)
-    content = _content(head_path, notes)
-    header = _parse(content, head_path)
-    voxels = content if data_path == head_path else _content(data_path, notes)
+    for part in dict.fromkeys((head_path, data_path)):
+        if not part.stat().st_size:
+            raise ValueError(f"{part} is empty (0 bytes): copy or export it again")
+        compressed, named = is_compressed(part), part.name.lower().endswith(".gz")
+        if compressed != named:
+            notes.append(
+                f"{part.name} is {'' if compressed else 'not '}compressed, in spite of its name; read as it is"
+            )
+    header = _read_header(head_path)
     shape = spatial_shape(_dims(header, path), path)
     affine = _affine(header, shape, path, notes)
-    array = _voxels(voxels, header, shape, path)
+    array = _voxels(data_path, header, shape)
     return Volume(array, affine, {**_fields(header), "path": str(path), "notes": tuple(notes)})
+
+
+def read_grid(path: Path) -> tuple[Geometry, np.dtype]:
+    """Where the voxels of a single file lie and the type they are stored in; ValueError as in `read_nifti`."""
+    header = _read_header(path)
+    shape = spatial_shape(_dims(header, path), path)
+    return Geometry(shape, _affine(header, shape, path, [])), _dtype(header, path).newbyteorder("=")
 
 
 def volume_from_nibabel(image: Any) -> Volume:
@@ -82,8 +92,8 @@ def _fields(header: Nifti1Header) -> dict[str, Any]:
     }
 
 
-def write_nifti(path: Path, volume: Volume, description: str, extension: bytes = b"") -> None:
-    """Write the array in its own dtype, compressed if the name ends in .gz.
+def write_nifti(path: Path, volume: Volume, description: str, extension: bytes = b"") -> Sum:
+    """Write the array in its own dtype, compressed if the name ends in .gz; returns the sum of the file's bytes.
 
     The header is that of the NIfTI file the volume came from, if any: codes, units and matrices stay, to the bit where
     the grid is the file's own. `extension` is stored with code 0. Not atomic.
@@ -94,29 +104,23 @@ def write_nifti(path: Path, volume: Volume, description: str, extension: bytes =
     header["descrip"] = description.encode()
     header["aux_file"] = b""
     header["magic"] = type(header).single_magic
-    head = _head_bytes(header, extension)
-    body = fortran_order(volume.array).ravel(order="F")
+    body = fortran_order(volume.array).ravel(order="F").view(np.uint8)
+    parts, total = (memoryview(_head_bytes(header, extension)), body.data), Sum()
     with path.open("wb") as file:
-        if path.name.endswith(".gz"):
-            deflate = isal_zlib.compressobj(1, isal_zlib.DEFLATED, 31)
-            for part in (deflate.compress(head), deflate.compress(body), deflate.flush()):
-                file.write(part)
-        else:
-            file.write(head)
-            file.write(body.data)
+        for piece in deflated(parts) if path.name.endswith(".gz") else parts:
+            file.write(piece)
+            total = total.with_more(piece)
+    return total
 
 
 def read_extensions(path: Path) -> list[bytes]:
     """The contents of a single NIfTI file's header extensions, whatever their code; only the header is inflated."""
-    with path.open("rb") as raw, _inflating(path):
-        compressed = raw.read(2) == _GZIP
-        raw.seek(0)
-        with igzip.IGzipFile(fileobj=raw) if compressed else raw as file:
-            content = file.read(544)
-            header = _parse(content, path)
-            content += file.read(max(0, int(header["vox_offset"]) - len(content)))
-    at, order, found = header.sizeof_hdr + 4, "<i4" if header.endianness == "<" else ">i4", []
-    while at + 16 <= min(len(content), int(header["vox_offset"])):
+    header = _read_header(path)
+    at, end = header.sizeof_hdr + 4, _offset(header, path)
+    with opened(path) as file:
+        content = file.read(end)
+    order, found = "<i4" if header.endianness == "<" else ">i4", []
+    while at + 16 <= min(len(content), end):
         size, _code = np.frombuffer(content, order, 2, at).tolist()
         if size < 16:
             break
@@ -140,27 +144,9 @@ def _pair(path: Path) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def _content(path: Path, notes: list[str]) -> bytes:
-    content = path.read_bytes()
-    if not content:
-        raise ValueError(f"{path} is empty (0 bytes): copy or export it again")
-    compressed, named = content.startswith(_GZIP), path.name.lower().endswith(".gz")
-    if compressed != named:
-        notes.append(f"{path.name} is {'' if compressed else 'not '}compressed, in spite of its name; read as it is")
-    if not compressed:
-        return content
-    with _inflating(path):
-        return igzip.decompress(content)  # every member of a concatenated file
-
-
-@contextmanager
-def _inflating(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except EOFError as error:
-        raise ValueError(f"{path} is cut off: its gzip data have no end; copy or export it again") from error
-    except (BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]  # isal's stub declares an instance
-        raise ValueError(f"{path} is damaged: it cannot be unpacked ({error}); copy or export it again") from error
+def _read_header(path: Path) -> Nifti1Header:
+    with opened(path) as file:
+        return _parse(file.read(_LONGEST), path)
 
 
 def _parse(content: bytes, path: Path) -> Nifti1Header:
@@ -216,20 +202,37 @@ def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path, notes
     return geometry.affine
 
 
-def _voxels(content: bytes, header: Nifti1Header, shape: tuple[int, int, int], path: Path) -> np.ndarray:
+def _dtype(header: Nifti1Header, path: Path) -> np.dtype:
     dtype: Any = data_type_codes.dtype.get(int(header["datatype"]))
     if dtype is None or dtype.itemsize == 0:
         raise ValueError(f"{path} has a damaged header: unknown data type {int(header['datatype'])}; export it again")
-    dtype = dtype.newbyteorder(header.endianness)
+    return dtype.newbyteorder(header.endianness)
+
+
+def _offset(header: Nifti1Header, path: Path) -> int:
+    """Where the voxels begin, in bytes."""
+    offset = float(header["vox_offset"])
+    if not 0 <= offset < 2**62:
+        raise ValueError(f"{path} has a damaged header: voxels begin at byte {offset:g}; export it again")
     single = header["magic"].item() == type(header).single_magic
-    start, count = int(header["vox_offset"]), int(np.prod(shape, dtype=np.int64))
-    start = max(start, header.sizeof_hdr + 4) if single else start  # some writers leave it 0
-    if len(content) < start + count * dtype.itemsize:
+    return max(int(offset), header.sizeof_hdr + 4) if single else int(offset)  # some writers leave it 0
+
+
+def _voxels(path: Path, header: Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
+    dtype, start, count = _dtype(header, path), _offset(header, path), int(np.prod(shape, dtype=np.int64))
+    most = path.stat().st_size * (GREATEST_RATIO if is_compressed(path) else 1) - start
+    if most >= count * dtype.itemsize:  # else a damaged header would cost memory
+        array = np.empty(count, dtype)
+        with opened(path) as file:
+            file.seek(start)
+            most = read_into(file, array.view(np.uint8).data)
+            read_to_end(file)
+    if most < count * dtype.itemsize:
         raise ValueError(
-            f"{path} is cut off: shape {shape} of {dtype.name} needs {start + count * dtype.itemsize} bytes,"
-            f" it has {len(content)}; copy or export it again"
+            f"{path} is cut off: shape {shape} of {dtype.name} needs {count * dtype.itemsize} bytes of voxels,"
+            f" it has at most {max(0, most)}; copy or export it again"
         )
-    stored = plain_numbers(np.frombuffer(content, dtype, count, start).reshape(shape, order="F"), path)
+    stored = plain_numbers(array.reshape(shape, order="F"), path)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not np.isfinite([slope, intercept]).all() or slope == 0:
         return stored

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medseg3d.geometry import Geometry
 from medseg3d.io.atomic import write_atomic
 from medseg3d.io.formats import READABLE, WRITABLE, kind_of, split_name
 from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text
@@ -84,7 +85,7 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
 
     The suffix chooses the format (.nii.gz, .nii, .nrrd, .mha). The table goes into the header of NIfTI and NRRD and,
     with the source's file name, into `<stem>.labels.json`. The file gets its name only once it was read again and its
-    shape, affine, voxels and names were found to be right.
+    shape, affine, type, names and voxels were found to be right (the voxels of NIfTI by a checksum of the file).
 
     Raises:
         ValueError: not integers, a label that is negative or not in the table, or an unknown suffix.
@@ -94,7 +95,7 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
     if volume.array.dtype.kind not in "iub":
         raise ValueError(f"a label map holds whole numbers, got {volume.array.dtype}: convert it, e.g. with argmax")
     array = fortran_order(volume.array)
-    unknown = _labels_in(array) - {0, *table.names}
+    unknown = _unnamed(array, table.names)
     if unknown:
         raise ValueError(f"labels {sorted(unknown)} are in the segmentation but not in the table: name them")
     dtype = np.uint8 if max(table.names, default=0) <= 255 else np.uint16
@@ -146,6 +147,7 @@ def _write(volume: Volume, path: Path, description: str, table: LabelTable | Non
     suffix = split_name(path)[1]
     if suffix not in WRITABLE:
         raise ValueError(f"cannot write {path.name}: the suffix must be one of {', '.join(WRITABLE)}")
+    write: Callable[[Path], Any]
     if suffix in (".nii", ".nii.gz"):
         from medseg3d.io.nifti import write_nifti
 
@@ -154,20 +156,20 @@ def _write(volume: Volume, path: Path, description: str, table: LabelTable | Non
     else:
         from medseg3d.io.itk import write_itk
 
-        write = partial(write_itk, volume=volume, table=table)  # type: ignore[assignment]
+        write = partial(write_itk, volume=volume, table=table)
     write_atomic(path, write, partial(_check, volume=volume, name=path, table=table))
 
 
-def _check(written: Path, volume: Volume, name: Path, table: LabelTable | None) -> None:
-    """A file read again must be what was to be written."""
+def _check(written: Path, total: Any, volume: Volume, name: Path, table: LabelTable | None) -> None:
+    """A file read again must be what was to be written; `total` is the sum of a NIfTI file's bytes."""
     try:
-        again = read_volume(written)
+        geometry, dtype, voxels_are_right = _reread(written, total, volume)
     except ValueError as error:
         raise OSError(f"{name} was written but cannot be read again; it was removed: check that disk") from error
     wrong = []
-    if not again.geometry.same_as(volume.geometry):
-        wrong.append(f"{again.geometry} for {volume.geometry}")
-    elif again.dtype != volume.dtype or not _equal(again.array, volume.array):
+    if not geometry.same_as(volume.geometry):
+        wrong.append(f"{geometry} for {volume.geometry}")
+    elif dtype != volume.dtype or not voxels_are_right:
         wrong.append("other voxels")
     if table is not None and split_name(name)[1] != ".mha" and read_label_table(written) != table:
         wrong.append("other label names or colours")
@@ -175,18 +177,37 @@ def _check(written: Path, volume: Volume, name: Path, table: LabelTable | None) 
         raise OSError(f"{name} was written but reads back as {' and '.join(wrong)}; it was removed: check that disk")
 
 
+def _reread(written: Path, total: Any, volume: Volume) -> tuple[Geometry, np.dtype, bool]:
+    """The grid and the type of a file, and whether its voxels are the volume's.
+
+    To inflate and compare the voxels of NIfTI would double the time of writing. That the file's bytes are those that
+    left the compressor tells the same of the disk, and the checksum in the gzip data tells every reader of the rest.
+    """
+    if total is not None:
+        from medseg3d.io.gz import Sum
+        from medseg3d.io.nifti import read_grid
+
+        return *read_grid(written), Sum.of_file(written) == total
+    again = read_volume(written)
+    return again.geometry, again.dtype, again.shape == volume.shape and _equal(again.array, volume.array)
+
+
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
-def _labels_in(array: np.ndarray) -> set[int]:
-    """The distinct values; slab by slab, since a count over the whole needs eight bytes a voxel."""
-    if array.min() < 0 or array.max() > 65535:
-        raise ValueError(f"labels are 0 to 65535, got {array.min()} to {array.max()}")
-    counts = np.zeros(65536, dtype=np.int64)
-    for slab in np.moveaxis(array, -1, 0):
-        counts += np.bincount(slab.ravel(order="K").astype(np.intp), minlength=65536)
-    return set(np.flatnonzero(counts).tolist())
+def _unnamed(array: np.ndarray, names: Mapping[int, str]) -> set[int]:
+    """The labels that have no name. Voxels are counted, slab by slab, only where a number between has none."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"labels are 0 to 65535, got {low} to {high}")
+    nameless = set(range(low, high + 1)) - {0, *names}
+    if nameless:
+        counts = np.zeros(high + 1, dtype=np.int64)
+        for slab in np.moveaxis(array, -1, 0):
+            counts += np.bincount(slab.ravel(order="K").astype(np.intp), minlength=high + 1)
+        nameless.intersection_update(np.flatnonzero(counts).tolist())
+    return nameless
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,14 +97,32 @@ def bundle_sha256(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+_earlier_peaks_mb: list[float] = []  # of this process, each forgotten by the system when a new count was begun
+
+
 def peak_memory_mb() -> float | None:
     """The most memory (resident set, MiB) that this process has held so far; None where the system does not say."""
+    recent = recent_peak_mb()
+    return None if recent is None else max([recent, *_earlier_peaks_mb])
+
+
+def recent_peak_mb() -> float | None:
+    """The same since :func:`count_peak_anew`."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def count_peak_anew() -> None:
+    """Let :func:`recent_peak_mb` begin with what is held now, where the system can (Linux)."""
+    peak = recent_peak_mb()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        if peak is not None:
+            _earlier_peaks_mb[:] = [max([peak, *_earlier_peaks_mb])]
 
 
 def model_record(

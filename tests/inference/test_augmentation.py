@@ -158,6 +158,14 @@ def test_further_arguments_reach_the_network_with_every_mirror_image():
     assert seen == [((7,), {"scale": 2})] * 4
 
 
+def test_a_network_that_writes_into_its_input_does_no_harm():
+    window = noise(1, 1, 4, 4)
+    before = window.clone()
+    result = Flips(lambda x: lopsided(x.mul_(2)), (0, 1))(window)
+    assert torch.equal(window, before)
+    torch.testing.assert_close(result, Flips(lambda x: lopsided(2 * x), (0, 1))(window))
+
+
 def test_batched_runs_the_network_once():
     sizes = []
     Flips(lambda x: sizes.append(len(x)) or x, (0, 1, 2), batched=True)(noise(2, 2, 3, 3, 3))

@@ -71,6 +71,14 @@ def test_what_networks_return_stays_and_so_does_its_type():
     assert all(torch.equal(a, b) for a, b in zip(answers, kept, strict=True))
 
 
+def test_a_network_that_writes_into_its_input_does_no_harm():
+    window = noise(1, 1, 4, 4, 4)
+    before = window.clone()
+    result = Ensemble([lambda x: network(1)(x.mul_(2)), network(2)], average="logits")(window)
+    assert torch.equal(window, before)
+    torch.testing.assert_close(result, (2 * network(1)(window) + network(2)(window)) / 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -64,6 +64,15 @@ def test_pieces_that_share_an_edge_only_are_two():
     assert not keep_seeded(mask, np.zeros_like(mask)).any()
 
 
+def test_what_is_empty_or_fills_half_of_the_image_comes_back_as_it_is():
+    mask, no_seeds = np.zeros((2, 2, 5), bool), np.zeros((2, 2, 5), bool)
+    assert not keep_seeded(mask, ~no_seeds).any()
+    mask[0] = True
+    assert (keep_seeded(mask, no_seeds) == mask).all()
+    mask[0, 0, 0] = False
+    assert not keep_seeded(mask, no_seeds).any()
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), share=st.floats(0, 1), density=st.floats(0, 0.45))
 def test_what_is_kept_is_whole_pieces_and_stays_when_cleaned_again(seed, share, density):
@@ -121,13 +130,13 @@ def test_networks_that_are_right_find_the_organ_in_one_round(network):
 
 
 def test_the_mean_of_a_stack_fades_in_fine_rounds():
-    """A network that sees the organ in the outermost slices only counts a third in the middle of each stack."""
+    """The first and the last slice lie in two stacks: of two in the coarse round, of three in the fine one."""
     image = image_of(np.ones((5, 9, 9), bool))
     strategy = CoarseToFine(Slices(0, neighbours=1), margin=1, min_share=0, max_rounds=1)
 
     def network(slices):
         organ = torch.full_like(slices, -20.0)
-        organ[:, :, 3:6, 3:6] = 0.6  # probability 0.65: after two of three stacks 0.43
+        organ[:, :, 3:6, 3:6] = 0.6  # probability 0.65, of which two thirds are 0.43
         return organ
 
     coarse, fine = strategy.rounds(image, {"coarse": network, "fine": lambda s: torch.full_like(s, 0.6)})
@@ -137,6 +146,23 @@ def test_the_mean_of_a_stack_fades_in_fine_rounds():
     looked = np.zeros_like(inside)
     looked[1:-1, 2:7, 2:7] = True  # the box with its margin, but not the first and the last slice
     assert (fine.mask == looked).all()
+
+
+@pytest.mark.parametrize(("probabilities", "found"), [((0.9, 0.4, 0.3), True), ((0.6, 0.6, 0.2), False)])
+def test_axes_are_voted_on_at_first_and_averaged_then(probabilities, found):
+    """Two axes of three say 0.6: a majority, but a mean below a half. One says 0.9: no majority, but a mean above."""
+    mask = ball()
+
+    def certain(probability):
+        logit = math.log(probability / (1 - probability))
+        return lambda slices: torch.where(slices[:, 1:2] > 0, logit, -20.0)
+
+    networks = {"coarse": centre, "fine": [certain(p) for p in probabilities]}
+    strategy = CoarseToFine(margin=2, max_rounds=1)
+    _, fine = strategy.rounds(image_of(mask), networks)
+    assert (fine.mask == (mask & found)).all()
+    (coarse,) = CoarseToFine(max_rounds=0).rounds(image_of(mask), networks["fine"])
+    assert (coarse.mask == (mask & (not found))).all()
 
 
 def test_fine_networks_see_crops_around_the_last_mask():
@@ -164,12 +190,11 @@ def test_rounds_go_on_until_the_mask_stays_or_there_were_enough():
         return 20 * (slices[:, 1:2] - 1.5)
 
     image = image_of(true) + image_of(small)
-    state = {"image": image}
     networks = {"coarse": coarse, "fine": grown}
     strategy = CoarseToFine(Slices((0, 1, 2), neighbours=1), margin=3, threshold=0.95, max_rounds=6)
     sizes = []
-    for one in strategy.rounds(state["image"], networks):
-        image[0, 0] += torch.from_numpy(one.mask & (image[0, 0].numpy() < 2))  # the next round sees what was found
+    for one in strategy.rounds(image, networks):
+        image[0, 0] += torch.from_numpy(one.mask & (image[0, 0].numpy() < 2))  # in the next round the network sees it
         sizes.append(int(one.mask.sum()))
         last = one
     assert sizes[0] == small.sum() and sizes == sorted(sizes) and len(sizes) > 3
@@ -216,6 +241,17 @@ def test_a_meta_tensor_keeps_its_history():
     x = Flip(0)(MetaTensor(image_of(ball())[0]))[None]
     result = CoarseToFine(margin=2).label_map(x, centre)
     assert [record["class"] for record in result.applied_operations] == ["Flip"]
+
+
+def test_a_2d_image_by_its_rows_and_columns():
+    mask = ball()[9]
+    labels = CoarseToFine(Slices((0, 1), neighbours=1), margin=2).label_map(image_of(mask), centre)
+    assert (labels[0, 0].numpy() == mask).all()
+
+
+def test_what_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="not a number"):
+        CoarseToFine().label_map(torch.full((1, 1, 3, 3, 3), float("nan")), centre)
 
 
 def test_progress_is_told_after_each_round():

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medseg3d.data.transforms import labels_by_interpolation
 from medseg3d.geometry import Chain, Geometry
@@ -186,30 +188,40 @@ def test_values_are_interpolated(axis):
     np.testing.assert_allclose(moved, frame.image(entropy[0]), atol=1e-6)
 
 
-def test_memory_grows_neither_with_classes_nor_with_the_length():
-    """NumPy's share is the labels themselves; PyTorch's largest tensor is counted by its own profiler."""
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation gave."""
 
-    def largest_tensor(classes, length):
-        field = torch.linspace(-1, 1, length * 16 * 16).view(1, length, 16, 16)
-        parts = (
-            Slab(0, start, field[:, start : start + 4] * torch.linspace(-1, 1, classes).view(-1, 1, 1, 1))
-            for start in range(0, length, 4)
-        )
-        with torch.profiler.profile(profile_memory=True) as profile:
-            tracemalloc.start()
-            labels_onto(parts, edge_to_edge((length, 16, 16), (2 * length, 32, 32)))
-            numpy_peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-        return max(event.nbytes() for event in _allocations(profile)), numpy_peak
+    bytes = 0
 
-    def _allocations(profile):
-        events = profile.profiler.kineto_results.events()
-        return [event for event in events if event.name() == "[memory]"]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
 
-    short, _ = largest_tensor(6, 40)
-    long, numpy_peak = largest_tensor(6, 160)
-    assert long <= 1.1 * short
-    assert numpy_peak < 320 * 32 * 32 * 3
+
+def test_memory_is_that_of_a_slab_and_the_labels(monkeypatch):
+    """However long the scan is; interpolated logits of all its voxels would take 60 times as much and more."""
+    monkeypatch.setattr(onto_grid, "GROUP", 2**12)
+    monkeypatch.setattr(onto_grid, "BLOCK", 2**10)
+    largest, classes = {}, 12
+    for length in (40, 160):
+        wave = torch.sin(torch.linspace(0, length / 5, length)).view(-1, 1, 1).expand(length, 16, 16)
+        tilt = torch.linspace(-1, 1, classes).view(-1, 1, 1, 1)
+        parts = (Slab(0, start, wave[start : start + 4] * tilt) for start in range(0, length, 4))
+        maps = edge_to_edge((length, 16, 16), (2 * length, 32, 32))
+        tracemalloc.start()
+        with Largest() as most:
+            labels = labels_onto(parts, maps)
+        numpy_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(np.unique(labels)) == 2
+        largest[length] = most.bytes
+    assert numpy_peak < 2 * labels.nbytes  # of the second run: the first imports
+    slab = classes * 4 * 16 * 16 * 4
+    assert largest[160] <= largest[40] <= 2 * slab
+    assert classes * 320 * 32 * 32 * 4 > 60 * 2 * slab
 
 
 @pytest.mark.parametrize(
@@ -222,7 +234,10 @@ def test_memory_grows_neither_with_classes_nor_with_the_length():
         (lambda: labels_onto([Slab(0, 0, torch.zeros(2, 2, 4))], edge_to_edge((4, 4), (4, 4))), "end before"),
         (lambda: labels_onto([Slab(0, 0, torch.zeros(2, 4, 5))], edge_to_edge((4, 4), (4, 4))), "within the maps'"),
         (lambda: labels_onto([Slab(0, 0, torch.zeros(2, 5, 4))], edge_to_edge((4, 4), (4, 4))), "within the maps'"),
-        (lambda: labels_onto([Slab(0, 0, torch.full((2, 4, 4), np.nan))], edge_to_edge((4, 4), (9, 9))), "not a number"),
+        (
+            lambda: labels_onto([Slab(0, 0, torch.ones(2, 4, 4) * np.nan)], edge_to_edge((4, 4), (9, 9))),
+            "not a number",
+        ),
         (lambda: values_onto([Slab(0, 0, torch.zeros(2, 4, 4))], edge_to_edge((4, 4), (4, 4))), "one channel"),
     ],
 )

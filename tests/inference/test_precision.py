@@ -221,6 +221,18 @@ def test_the_first_of_several_outputs_is_judged(unet):
         choose_precision(lambda x: "logits", window)
 
 
+@pytest.mark.usefixtures("has_bfloat16")
+def test_a_network_that_writes_into_its_input_does_no_harm():
+    class Writes(Head):
+        def forward(self, x):
+            return super().forward(x.add_(3.0))
+
+    window = noise(1, 1, 8, 8, 8)
+    before = window.clone()
+    assert choose_precision(Writes().eval(), window).dtype == torch.bfloat16
+    assert torch.equal(window, before)
+
+
 # The network in it
 
 

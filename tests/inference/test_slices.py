@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from medseg3d.inference import Slices
+from medseg3d.inference.downsampled import resample
+from medseg3d.inference.grid_map import edge_to_edge
+from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.networks.unet import UNet
 
 FUSIONS = ["mean", "majority"]
@@ -58,7 +62,7 @@ def test_constant_in_constant_out(fusion, shape):
     strategy = Slices(range(len(shape)), roi_size=4, fusion=fusion, batch_size=3)
     result = strategy(torch.full((2, 1, *shape), 3.0), lambda s: torch.cat([s, 2 * s, -s], dim=1))
     expected = torch.tensor([3.0, 6.0, -3.0]).softmax(0) if fusion == "mean" else torch.tensor([0.0, 1.0, 0.0])
-    expected = expected[:, *[None] * len(shape)].expand(2, 3, *shape)
+    expected = expected.view(3, *[1] * len(shape)).expand(2, 3, *shape)
     torch.testing.assert_close(result.softmax(1), expected)
 
 
@@ -177,6 +181,39 @@ def test_networks_see_sizes_they_can_take(axes):
         torch.testing.assert_close(logits[0, ..., 3], one, rtol=1e-4, atol=1e-5)
 
 
+def test_as_inferers_of_a_bundle():
+    """By their names in a config, with an evaluator's way of calling them and a network that has gradients."""
+    from monai.bundle import ConfigParser
+
+    config = {
+        "slices": {"_target_": "medseg3d.inference.Slices", "axes": [0, 1, 2], "accumulate": "$torch.bfloat16"},
+        "coarse_to_fine": {"_target_": "medseg3d.inference.CoarseToFine", "slices": "@slices", "margin": 1},
+        "one_axis": {"_target_": "medseg3d.inference.Slices", "axes": 2, "batch_size": 2},
+        "downsampled": {"_target_": "medseg3d.inference.Downsampled", "size": [6, 5]},
+    }
+    parser = ConfigParser({"imports": ["$import torch"], **config})
+    networks = torch.nn.ModuleList(torch.nn.Conv2d(1, 2, 3, padding=1) for _ in range(3))
+    x = noise(2, 1, 8, 6, 7)
+    for name, image, network in [
+        ("slices", x, networks),
+        ("coarse_to_fine", x, networks),
+        ("one_axis", x, networks[0]),
+        ("downsampled", x[..., 0], networks[0]),
+    ]:
+        inferer = parser.get_parsed_content(name)
+        logits = inferer(inputs=image, network=network)
+        assert logits.shape == (2, 2, *image.shape[2:])
+        assert torch.equal(inferer.label_map(image, network).long(), logits.argmax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2, (2, 1, 0)])
+def test_slabs_can_be_brought_onto_another_grid(axes):
+    x, target, strategy = noise(1, 3, 7, 6, 9), (10, 4, 13), Slices(axes)
+    labels = labels_onto(strategy.slabs(x, blur), edge_to_edge(x.shape[2:], target))
+    expected = resample(strategy(x, blur)[0], target).argmax(0)
+    assert np.array_equal(labels, expected.numpy())
+
+
 def test_the_padding_value_reaches_the_network():
     seen = []
     Slices(0, divisible=4, padding_value=-5.0)(torch.zeros(1, 1, 1, 2, 3), lambda s: seen.append(s.clone()) or s)
@@ -267,8 +304,12 @@ def test_arguments_out_of_range(arguments, message):
         ({}, None, "a network must be callable"),
         ({}, lambda s: (s, s), "the network returns a tuple"),
         ({}, lambda s: F.avg_pool2d(s, 2), "logits at the image's resolution"),
-        ({"axes": (0, 1)}, lambda s: s[:, :1], "for two classes or more, but the network has only 1"),
-        ({"axes": (0, 1), "fusion": "majority"}, lambda s: s[:, :1], "for two classes or more, but the network has only 1"),
+        ({"axes": (0, 1)}, lambda s: s[:, :1], "two classes or more, but the network has only 1"),
+        (
+            {"axes": (0, 1), "fusion": "majority"},
+            lambda s: s[:, :1],
+            "two classes or more, but the network has only 1",
+        ),
         ({"axes": (0, 1)}, [identity, lambda s: s[:, :2]], "the same classes, got 3 and 2"),
         ({"axes": (0, 1), "fusion": "majority"}, [identity, lambda s: s[:, :2]], "the same classes, got 3 and 2"),
     ],

@@ -114,6 +114,12 @@ def test_each_window_runs_once():
     assert sum(runs) == 4
 
 
+def test_gradients_are_not_kept():
+    network = nn.Conv2d(1, 3, 1).eval()
+    labels, uncertainty = label_map_with_uncertainty(SubVolumes(4), noise(1, 1, 8, 8), network, dtype=torch.float32)
+    assert not uncertainty.requires_grad and labels.shape == uncertainty.shape
+
+
 def test_half_precision_is_close_and_the_default():
     image = noise(1, 1, 10, 10)
 

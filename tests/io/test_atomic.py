@@ -11,14 +11,16 @@ from medseg3d.io import write_atomic
 
 
 def fill(path):
-    path.write_bytes(b"whole")
+    return path.write_bytes(b"whole")
 
 
 def test_a_file_appears_with_missing_folders_and_its_suffix(tmp_path):
     seen = []
-    target = write_atomic(tmp_path / "new" / "seg.nii.gz", fill, check=seen.append)
+    target = write_atomic(tmp_path / "new" / "seg.nii.gz", fill, check=lambda *given: seen.extend(given))
     assert target.read_bytes() == b"whole"
-    assert seen[0].name.endswith(".nii.gz") and seen[0].parent == target.parent and seen[0] != target
+    path, written = seen
+    assert path.name.endswith(".nii.gz") and path.parent == target.parent and path != target
+    assert written == len(b"whole")
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -28,7 +30,7 @@ def test_an_exception_leaves_the_older_file_and_nothing_else(tmp_path, error, wh
     target = tmp_path / "seg.nii.gz"
     target.write_bytes(b"older")
 
-    def fail(path):
+    def fail(path, *written):
         path.write_bytes(b"half")
         raise error("stopped")
 

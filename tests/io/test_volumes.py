@@ -114,8 +114,9 @@ def sabotaged(monkeypatch, harm):
     write = nifti.write_nifti
 
     def harmed(path, **arguments):
-        write(path, **arguments)
+        written = write(path, **arguments)
         harm(path)
+        return written
 
     monkeypatch.setattr(nifti, "write_nifti", harmed)
 

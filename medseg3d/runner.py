@@ -1,0 +1,91 @@
+"""How a network is run: in which precision, as it is or compiled, on windows alone or on their mirror images too."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from medseg3d.errors import in_words
+from medseg3d.inference.augmentation import Flips
+from medseg3d.inference.precision import Precision, choose_precision, in_precision
+
+T = TypeVar("T")
+
+
+class Runner:
+    """A network, made ready when the first scan is there to try it on.
+
+    Args:
+        network: on ``device``, in evaluation mode; it is not changed.
+        device: where it runs.
+        precision: "fp32", "bf16", "fp16" or "auto", see :func:`medseg3d.inference.precision.choose_precision`.
+        compile: run it through ``torch.compile``. That takes minutes at the first window. Those after it are faster
+            with most networks; medseg3d's own may be slower, since they choose how to compute by what runs. Where it
+            fails, the network runs as it is and a warning tells why.
+        mirror: spatial axes of the network's grid along which windows are mirrored and answers averaged.
+        pairs: numbers of labels that are each other's mirror image.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        device: torch.device,
+        precision: str = "fp32",
+        compile: bool = False,
+        mirror: Sequence[int] = (),
+        pairs: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.wanted = precision
+        self.compiles = compile
+        self.mirror = tuple(mirror)
+        self.pairs = tuple(pairs)
+        self.precision: Precision | None = None
+        self._precise: Callable = network
+        self._compiled: Any = None
+
+    def __call__(
+        self,
+        infer: Callable[[Callable], T],
+        example: Callable[[], torch.Tensor] | None,
+        warnings: list[str],
+        laterality_axis: int = 0,
+    ) -> T:
+        """``infer`` with the network as it is to be run.
+
+        Args:
+            infer: called with the network.
+            example: gives a window for the choice of precision; None if no window is known, which leaves float32.
+            warnings: what the user should know is added.
+            laterality_axis: the spatial axis that runs from one side of the patient to the other.
+        """
+        self._choose(example)
+        failure = ""
+        if self.compiles:
+            if self._compiled is None:
+                self._compiled = torch.compile(self._precise)
+            try:
+                return infer(self._mirrored(self._compiled, laterality_axis))
+            except Exception as error:  # of the tracer, of a compiler, or the bundle's own, which comes again below
+                failure = textwrap.shorten(in_words(error), 200, placeholder=" ...")
+        result = infer(self._mirrored(self._precise, laterality_axis))
+        if failure:
+            self.compiles = False
+            warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
+        return result
+
+    def _choose(self, example: Callable[[], torch.Tensor] | None) -> None:
+        """The precision, decided once; a scan of no known windows decides nothing."""
+        if self.precision is not None or example is None or self.wanted == "fp32":
+            return
+        self.precision = choose_precision(self.network, example(), self.device, self.wanted)
+        self._precise = in_precision(self.network, self.precision.dtype, self.precision.autocast)
+
+    def _mirrored(self, network: Callable, laterality_axis: int) -> Callable:
+        if not self.mirror:
+            return network
+        return Flips(network, self.mirror, self.pairs, laterality_axis)

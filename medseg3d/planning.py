@@ -15,6 +15,7 @@ from medseg3d.inference import SubVolumes
 from medseg3d.inference.heads import split_head
 from medseg3d.inference.slabs import Slab
 from medseg3d.inference.strategy import Strategy
+from medseg3d.inference.sub_volumes import SPLIT_FROM_WINDOWS
 from medseg3d.report.run import count_peak_anew, recent_peak_mb
 
 GIB = 2**30
@@ -37,7 +38,6 @@ class WindowCost:
         labelling: seconds a voxel, to find the label.
         ram, vram: bytes beyond what the process and the device held before.
         channels: that are blended: classes, or fewer where the head comes after.
-        classes: K.
     """
 
     seconds: float
@@ -45,7 +45,6 @@ class WindowCost:
     ram: int
     vram: int
     channels: int
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,10 @@ def measure_window(strategy: Strategy, image_BC: torch.Tensor, network: Callable
     window = strategy.example(image_BC)
     batch = torch.cat([window] * getattr(strategy, "batch_size", 1))
     with torch.inference_mode(), peak_memory(image_BC.device) as peak:
-        logits = network(batch)
-        split = split_head(network, batch, logits)
+        splits = isinstance(strategy, SubVolumes) and strategy.count(image_BC.shape[2:]) >= SPLIT_FROM_WINDOWS
+        split = split_head(network, window) if splits else None
         body, head = split if split is not None else (network, None)
+        body(batch)
         start = time.perf_counter()
         values = body(batch)
         if image_BC.device.type == "cuda":
@@ -156,7 +156,7 @@ def measure_window(strategy: Strategy, image_BC: torch.Tensor, network: Callable
     start = time.perf_counter()
     slab.labels()
     labelling = (time.perf_counter() - start) / prod(values.shape[2:])
-    return WindowCost(seconds, labelling, peak.ram, peak.vram, values.shape[1], logits.shape[1])
+    return WindowCost(seconds, labelling, peak.ram, peak.vram, values.shape[1])
 
 
 def _estimate(

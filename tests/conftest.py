@@ -51,7 +51,9 @@ def models(bundles):
     """The same three, loaded on the CPU."""
     from medseg3d import load_model
 
-    return SimpleNamespace(**{key: load_model(path, "cpu", trust=True, precision="fp32") for key, path in vars(bundles).items()})
+    return SimpleNamespace(
+        **{key: load_model(path, "cpu", trust=True, precision="fp32") for key, path in vars(bundles).items()}
+    )
 
 
 @pytest.fixture(scope="session")

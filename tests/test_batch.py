@@ -45,13 +45,13 @@ def rows(path):
 
 def counted(model, monkeypatch):
     """The names of the files that reach the model from now on."""
-    seen, predict = [], model.predict
+    seen, read = [], model.read
 
     def spy(image, *arguments, **options):
         seen.append(image.name)
-        return predict(image, *arguments, **options)
+        return read(image, *arguments, **options)
 
-    monkeypatch.setattr(model, "predict", spy)
+    monkeypatch.setattr(model, "read", spy)
     return seen
 
 
@@ -104,12 +104,14 @@ def test_through_the_segmenter(model, scans, tmp_path):
         [scans / "a.nii.gz"], tmp_path / "out", progress=lambda case, stage: stages.append((case.name, stage))
     )
     assert [result.result.labels for result in results] == [{1: "bone"}]
-    assert stages == [("a", stage) for stage in ("read", "preprocess", "network", "postprocess", "write")]
+    assert {name for name, _ in stages} == {"a"}
+    order = [stage for _, stage in stages]
+    assert order[:2] == ["read", "preprocess"] and order[-2:] == ["postprocess", "write"] and "network" in order
 
 
 def test_cases_come_one_by_one(model, scans, tmp_path):
-    """The first result is on disk before the second case is begun."""
-    results = predict_many(model, scans, tmp_path / "out")
+    """The first result is on disk before the second case is begun, where that is asked for."""
+    results = predict_many(model, scans, tmp_path / "out", overlap=False)
     next(results)
     assert "a_seg.nii.gz" in names(tmp_path / "out") and "c_seg.nii.gz" not in names(tmp_path / "out")
 

@@ -14,40 +14,46 @@ from torch import nn
 from medseg3d.inference.slabs import Head
 
 
-def split_head(network: Callable, window: torch.Tensor, logits: torch.Tensor) -> tuple[nn.Module, Head] | None:
+def split_head(network: Callable, window: torch.Tensor) -> tuple[nn.Module, Head] | None:
     """The network without its head, and the head; None if it has none that takes fewer channels than it gives.
 
-    Nothing is changed: the network without its head is another, with the same parameters. It is tried on ``window``
-    (B, C, *spatial), of which ``logits`` (B, K, *spatial) are the whole network's, and given up unless the head makes
-    the same of what it returns.
+    Nothing is changed: the network without its head is another, with the same parameters. Both are tried on ``window``
+    (1, C, *spatial), best one with much in it, and on noise; unless the head makes what the network gives, nothing is
+    taken off it.
     """
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule) or network.training:
         return None
     if hasattr(network, "_orig_mod"):  # compiled: it would have to be compiled again
         return None
-    name, layer = _last_pointwise(network, logits.shape[1])
+    name, layer = _last_pointwise(network)
     if layer is None or layer.in_channels >= layer.out_channels:
         return None
+    head = Head(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
+    try:
+        body = _without(network, name, layer)
+        agrees = all(_agree(head, body(probe), network(probe)) for probe in (window, _noise_like(window)))
+    except Exception:  # whatever a network does that cannot be copied, or counts on its number of classes
+        return None
+    return (body, head) if agrees else None
+
+
+def _without(network: nn.Module, name: str, layer: nn.Conv2d | nn.Conv3d) -> nn.Module:
     kept = [*network.parameters(), *network.buffers()]
     body = copy.deepcopy(network, {id(tensor): tensor for tensor in kept})
     parent, _, own_name = name.rpartition(".")
     setattr(body.get_submodule(parent), own_name, _identity_like(layer))
-    head = Head(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
-    try:
-        features = body(window)
-    except RuntimeError:  # the network counts on its number of classes
-        return None
-    return (body, head) if _agree(head, features, logits) else None
+    return body
 
 
-def _last_pointwise(network: nn.Module, classes: int) -> tuple[str, nn.Conv2d | nn.Conv3d | None]:
-    found: tuple[str, nn.Conv2d | nn.Conv3d | None] = ("", None)
+def _last_pointwise(network: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d | None]:
+    """The last convolution, if it is of kernel 1 with more channels than it takes."""
+    last: tuple[str, nn.Conv2d | nn.Conv3d | None] = ("", None)
     for name, module in network.named_modules():
-        if name and isinstance(module, nn.Conv2d | nn.Conv3d) and module.out_channels == classes:
+        if name and isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels < module.out_channels:
             ones = (1,) * len(module.kernel_size)
-            plain = module.groups == 1 and module.kernel_size == module.stride == ones and not any(module.padding)
-            found = (name, module) if plain else ("", None)
-    return found
+            if module.groups == 1 and module.kernel_size == module.stride == ones and not any(module.padding):
+                last = name, module
+    return last
 
 
 def _identity_like(layer: nn.Conv2d | nn.Conv3d) -> nn.Module:
@@ -57,10 +63,18 @@ def _identity_like(layer: nn.Conv2d | nn.Conv3d) -> nn.Module:
     return identity.to(layer.weight.device, layer.weight.dtype).eval()
 
 
-def _agree(head: Head, features: object, logits: torch.Tensor) -> bool:
-    if not isinstance(features, torch.Tensor) or features.shape[2:] != logits.shape[2:]:
+def _noise_like(window: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(window.shape, generator=generator)
+    return (noise * window.float().std().clamp_min(1.0).cpu()).to(window.device, window.dtype)
+
+
+def _agree(head: Head, features: object, logits: object) -> bool:
+    if not (isinstance(features, torch.Tensor) and isinstance(logits, torch.Tensor)):
         return False
-    if features.shape[1] != head.weight.shape[1]:
+    if features.shape[2:] != logits.shape[2:] or features.shape[1] != head.weight.shape[1]:
+        return False
+    if logits.shape[1] != len(head.weight):
         return False
     made = torch.stack([head(image.flatten(1)).view(logits.shape[1:]) for image in features])
     limit = 1e-4 if logits.dtype == torch.float32 else 2e-2

@@ -79,14 +79,20 @@ class Slab:
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits (K, V) of a few voxels at a time, and which of the flattened voxels they are."""
-        if self.values.is_contiguous():
-            values_FV = self.values.flatten(1)
-        else:  # channels-last, most likely: voxels can still be numbered without a copy
-            values_FV = self.values.movedim(0, -1).reshape(-1, len(self.values)).T
-        for start in range(0, values_FV.shape[1], BLOCK):
-            part = slice(start, min(start + BLOCK, values_FV.shape[1]))
-            block = values_FV[:, part]
-            yield part, block.float() if self.head is None else self.head(block)
+        size = self.values.shape[1:]
+        plane = prod(size[1:])
+        together = max(1, BLOCK // plane)
+        for first in range(0, size[0], together):
+            some = self.values[:, first : first + together]
+            if some.stride(0) == 1:  # channels-last: voxels can still be numbered without a copy
+                values_FV = some.movedim(0, -1).reshape(-1, len(some)).T
+            else:
+                values_FV = some.flatten(1)
+            for start in range(0, values_FV.shape[1], BLOCK):
+                block = values_FV[:, start : start + BLOCK]
+                begin = first * plane + start
+                place = slice(begin, begin + block.shape[1])
+                yield place, block.float() if self.head is None else self.head(block)
 
     def labels(self) -> torch.Tensor:
         """(...) the class of the largest logit, ties to the lower class; uint8, int32 above 256 classes.

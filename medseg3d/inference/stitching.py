@@ -106,7 +106,7 @@ class RollingSlab:
 
     def add(self, output: torch.Tensor, window: Window, weight: torch.Tensor) -> None:
         """Add a window's output (C, ...); ``window`` starts no earlier than the slices that have left."""
-        output, weight = (tensor.to(self.sum.device, self.sum.dtype) for tensor in (output, weight))
+        output, weight = (tensor.detach().to(self.sum.device, self.sum.dtype) for tensor in (output, weight))
         assert window[self.axis].start >= self.start
         for part, place in self._pieces(window[self.axis].start, window[self.axis].stop):
             where = tuple(place if axis == self.axis else window[axis] for axis in range(len(window)))

@@ -49,6 +49,7 @@ class Strategy(ABC):
                 pass
         return seen[0]
 
+    @torch.no_grad()
     def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Class numbers (B, 1, *spatial), uint8 (int32 above 256 classes): the argmax of the logits, ties to the lower.
 

@@ -21,6 +21,8 @@ from medseg3d.inference.stitching import RollingSlab, Stitcher
 from medseg3d.inference.strategy import Strategy, like, plain
 from medseg3d.inference.windows import BLENDS, PLACEMENTS, Window, importance_map, windows
 
+# To take the head off a network costs four windows.
+SPLIT_FROM_WINDOWS = 8
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
@@ -149,9 +151,12 @@ class SubVolumes(Strategy):
         weight = self._weight(roi_size).to(image.device)
         layers = [list(layer) for _, layer in groupby(self._windows(size, roi_size), key=_start(axis))]
         inside = [slice(b, b + n) for b, n in zip(before, image.shape[2:], strict=True)]
+        done, total = 0, sum(map(len, layers))
         slab: RollingSlab | None = None
         head: Head | None = None
-        done, total = 0, sum(map(len, layers))
+        if total >= SPLIT_FROM_WINDOWS and not (args or kwargs or self.with_coordinates):
+            split = split_head(network, self.example(image))
+            network, head = (network, None) if split is None else split
         for number, layer in enumerate(layers):
             for first in range(0, len(layer), self.batch_size):
                 group = [(0, window) for window in layer[first : first + self.batch_size]]
@@ -159,10 +164,6 @@ class SubVolumes(Strategy):
                 outputs = self._run(network, batch, group, args, kwargs)
                 if slab is None:
                     _require_one_tensor(outputs, batch)
-                    split = None if args or kwargs or self.with_coordinates else split_head(network, batch, outputs)
-                    if split is not None:
-                        network, head = split
-                        outputs = network(batch)
                     slab = RollingSlab(outputs[0], size, axis, self.accumulate, self.device)
                 for (_, window), output in zip(group, outputs, strict=True):
                     slab.add(output, window, weight)
@@ -172,6 +173,13 @@ class SubVolumes(Strategy):
             assert slab is not None
             stop = layers[number + 1][0][axis].start if number + 1 < len(layers) else size[axis]
             yield from _without_padding(slab.leave(stop), axis, inside, head)
+
+    def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.with_coordinates and len(inputs) > 1:
+            raise ValueError(
+                f"with_coordinates, labels are of one image at a time, got {len(inputs)}: call it for each"
+            )
+        return super().label_map(inputs, network, *args, **kwargs)
 
     def changed(self, **arguments: Any) -> SubVolumes:
         """The same with other ``arguments``."""

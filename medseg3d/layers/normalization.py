@@ -46,13 +46,19 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
-        if y.requires_grad and is_plain_eager():
-            # PyTorch 2.13 on CPUs: for one image a channels-last gradient comes back wrong.
-            y.register_hook(lambda gradient: gradient.contiguous())
+        if not torch.jit.is_scripting():
+            _take_contiguous_gradients(y)
         return y
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, affine={self.weight is not None}"
+
+
+@torch.jit.unused
+def _take_contiguous_gradients(y: torch.Tensor) -> None:
+    """PyTorch 2.13 on CPUs: for one image a channels-last gradient of instance norm comes back wrong."""
+    if y.requires_grad and is_plain_eager():
+        y.register_hook(lambda gradient: gradient.contiguous())
 
 
 def normalize_and_activate(

@@ -240,7 +240,8 @@ def test_a_convolution_that_is_not_the_last_step_is_no_head():
         assert torch.equal(strategy.label_map(x, network).long(), strategy(x, network).argmax(1, keepdim=True))
 
 
-def test_our_networks_have_a_head_to_take_off():
+def test_our_networks_have_a_head_to_take_off(monkeypatch):
+    monkeypatch.setattr("medseg3d.inference.sub_volumes.SPLIT_FROM_WINDOWS", 1)
     from medseg3d.networks import SwinUNETR, UNet
 
     networks = (

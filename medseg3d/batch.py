@@ -25,6 +25,7 @@ from medseg3d.report.statistics import write_statistics_csv, write_statistics_js
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
     from medseg3d.segmenter import Scan, Segmentation, Segmenter
+    from medseg3d.several import SeveralModels
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +144,13 @@ class OutputPlan:
 
 
 def predict_many(
-    segmenter: Segmenter,
+    segmenter: Segmenter | SeveralModels,
     inputs: Inputs | Sequence[str | Path] | str | Path,
     output: str | Path | OutputPlan,
     resume: bool = False,
     allow_non_hu: bool = False,
     progress: Callable[[Case, str], None] | None = None,
-    overlap: bool = True,
+    background_io: bool = True,
 ) -> Iterator[CaseResult]:
     """Segment scans one after another and write each as soon as it is done.
 
@@ -166,8 +167,8 @@ def predict_many(
         inputs: files, folders, DICOM folders, zips, patterns; see :func:`medseg3d.io.find_inputs`.
         output: a folder, a file for a single case, or an :class:`OutputPlan`.
         progress: called, always on the caller's thread, with a case and the name of each stage as the run comes to it.
-        overlap: False takes each case to its end before the next is begun. That is slower, but there is never more than
-            one scan in memory; else there are up to three, and two results.
+        background_io: read and write beside the network. False takes each case to its end before the next is begun,
+            which is slower but keeps one scan in memory; else there are up to three, and two results.
 
     Raises:
         ValueError, OSError: nothing to read, or nowhere to write; before the first case.
@@ -177,7 +178,7 @@ def predict_many(
     plan.prepare(found)
     ledger = _Ledger(plan, segmenter, allow_non_hu)
     run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress)
-    return _results(run, found, plan, _overlapped if overlap else _one_by_one)
+    return _results(run, found, plan, _overlapped if background_io else _one_by_one)
 
 
 def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Generator]) -> Iterator[CaseResult]:
@@ -212,20 +213,23 @@ def _overlapped(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, 
     """The same, but each call runs on a thread, meanwhile the item after it is fetched. No more than that is ahead."""
     calls: deque[Future[T]] = deque()
     with ThreadPoolExecutor(1, "medseg3d") as thread:  # waits for the call that is running, whatever is raised
-        for item in items:
-            calls.append(thread.submit(function, item))
-            del item  # nor anything else may keep what was handed on: these are whole scans
-            if len(calls) == 2:
-                yield calls.popleft().result()
-        for call in calls:
-            yield call.result()
+        try:
+            for item in items:
+                calls.append(thread.submit(function, item))
+                if len(calls) == 2:
+                    yield calls.popleft().result()
+            for call in calls:
+                yield call.result()
+        except KeyboardInterrupt:  # what has begun ends, but nothing else begins
+            thread.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @dataclass(frozen=True)
 class _Run:
     """The steps of each case: read, segment, write. After one that fails the others pass on what it returned."""
 
-    segmenter: Segmenter
+    segmenter: Segmenter | SeveralModels
     plan: OutputPlan
     ledger: _Ledger
     resume: bool
@@ -245,7 +249,6 @@ class _Run:
             if not isinstance(got, CaseResult):
                 got = _attempt(case, self._segment, case, got)
             yield case, got
-            del got
 
     def write(self, item: tuple[Case, Segmentation | CaseResult]) -> CaseResult:
         case, got = item
@@ -304,7 +307,7 @@ def _write(result: Segmentation, case: Case, files: dict[str, Path]) -> None:
 def _failed(case: Case, error: Exception) -> CaseResult:
     out_of_memory = is_out_of_memory(error)
     reason = in_words(error)
-    if out_of_memory:
+    if out_of_memory and not isinstance(error, ValueError):  # that one tells enough
         reason = f"out of memory ({reason}): crop the scan, or use a machine with more"
     return CaseResult(case, error=reason, out_of_memory=out_of_memory)
 
@@ -312,10 +315,11 @@ def _failed(case: Case, error: Exception) -> CaseResult:
 class _Ledger:
     """Which cases of an output folder are finished, and what they were made from."""
 
-    def __init__(self, plan: OutputPlan, segmenter: Segmenter, allow_non_hu: bool) -> None:
+    def __init__(self, plan: OutputPlan, segmenter: Segmenter | SeveralModels, allow_non_hu: bool) -> None:
         self.path = None if plan.is_file else plan.folder / _LEDGER
         options = {"suffix": plan.suffix, "allow_non_hu": allow_non_hu}
-        self.settings = {"model": segmenter.record.get("bundle_sha256"), **options}
+        model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
+        self.settings = {"model": model, **options}
         self.entries: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
             with suppress(ValueError, TypeError):  # a damaged ledger only costs the time to do its cases again

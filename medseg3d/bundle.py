@@ -49,7 +49,9 @@ def load_model(
         device: "auto", "cpu", "gpu", "gpu:N", "cuda:N" or "mps".
         trust: a bundle's configs and scripts are code that runs here. Models that ship with medseg3d run without
             asking; for every other one say ``trust=True`` once you know where it comes from.
-        compile, mirror, max_ram, max_vram: see :class:`medseg3d.segmenter.Segmenter`.
+        compile, max_ram, max_vram: see :class:`medseg3d.segmenter.Segmenter`.
+        mirror: average over mirror images: of left and right, or along the ``"mirror_axes"`` (of the network's grid,
+            counted from 0) that the inference config names because its network was trained on them.
         strategy: "sub-volumes", "slices" or "downsampled" instead of the bundle's own, where its network permits.
         overlap: share of a window that neighbours have in common, instead of the bundle's.
         precision: "fp32", "bf16", "fp16" or "auto", which is bfloat16 where the bundle allows a lower precision, the
@@ -73,6 +75,8 @@ def load_model(
         preprocessing = _resolved(parser, bundle, *_PREPROCESSING)
         postprocessing = _resolved(parser, bundle, *_POSTPROCESSING)
         inferer = _resolved(parser, bundle, "inferer")
+    settings = {"precision": precision, "mirror": mirror, "strategy": strategy, "overlap": overlap}
+    settings |= {"max_ram": max_ram, "max_vram": max_vram}
     inferer = _changed(inferer, network, strategy, overlap)
     weights = bundle.path / "models" / "model.pt"
     notes += _load_weights(network, weights, bundle)
@@ -85,11 +89,11 @@ def load_model(
         device=torch_device,
         name=f"{bundle.name} {bundle.version}",
         expects_hu=bundle.input_format.get("format") == "hounsfield",
-        record=model_record(bundle.name, bundle.version, bundle.path, weights),
+        record={**model_record(bundle.name, bundle.version, bundle.path, weights), "settings": settings},
         notes=notes,
         compile=compile,
         precision="fp32" if precision == "auto" and not _allows_lower_precision(parser) else precision,
-        mirror=mirror,
+        mirror=mirror and (parser.get("mirror_axes") or True),
         max_ram=max_ram,
         max_vram=max_vram,
     )

@@ -17,11 +17,15 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle, shipped_bundles
 from medseg3d.cli_arguments import OUTPUT_TYPES, argument_parser
 from medseg3d.errors import in_words, is_out_of_memory
+
+if TYPE_CHECKING:
+    from medseg3d.io import Case
+    from medseg3d.segmenter import Scan, Segmenter
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
@@ -47,29 +51,24 @@ def predict(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     for path, reason in inputs.skipped:
         _say(f"skipped {path}: {reason}")
-    bundle = find_bundle(args.model)
-    trust = args.trust or _asked_to_trust(bundle)
+    bundles = [find_bundle(model) for model in args.model]
+    trusts = [args.trust or _asked_to_trust(bundle) for bundle in bundles]
     status = _Status(args.quiet, len(inputs.cases))
-    status.show(f"loading {bundle.name}")
+    status.show(f"loading {', '.join(bundle.name for bundle in bundles)}")
 
     from medseg3d.batch import predict_many
-    from medseg3d.bundle import load_model
     from medseg3d.report.run import Stopwatch
+    from medseg3d.several import SeveralModels
 
     stopwatch = Stopwatch()
     with stopwatch.stage("load model"):
-        segmenter = load_model(
-            bundle.path, args.device, trust, args.compile, args.precision, args.mirror, args.strategy, args.overlap,
-            args.max_ram, args.max_vram,
-        )  # fmt: skip
+        models = [_load(bundle, trust, args) for bundle, trust in zip(bundles, trusts, strict=True)]
+        segmenter = models[0] if len(models) == 1 else SeveralModels(models)
     for note in segmenter.notes:
         _say(f"note: {note}")
     if args.plan:
         for case in inputs.cases:
-            status.stage(case, "plan")
-            found = segmenter.plan(segmenter.read(case.path, args.allow_non_hu))
-            status.clear()
-            print(f"{case.name}\n{textwrap.indent(str(found), '  ')}")
+            _print_plans(case, segmenter.read(case.path, args.allow_non_hu), models)
         return DONE
     outcomes = []
     with stopwatch.stage("cases"):
@@ -210,6 +209,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"error: {in_words(error)}")
         return OVER_MEMORY if is_out_of_memory(error) else ERROR
+
+
+def _load(bundle: BundleInfo, trust: bool, args: argparse.Namespace) -> Segmenter:
+    from medseg3d.bundle import load_model
+
+    names = ("device", "compile", "precision", "mirror", "strategy", "overlap", "max_ram", "max_vram")
+    return load_model(bundle.path, trust=trust, **{name: getattr(args, name) for name in names})
+
+
+def _print_plans(case: Case, scan: Scan, models: Sequence[Segmenter]) -> None:
+    for model in models:
+        print(f"{case.name}, {model.name}\n{textwrap.indent(str(model.plan(scan)), '  ')}")
 
 
 def _parser() -> argparse.ArgumentParser:

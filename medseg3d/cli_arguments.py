@@ -52,11 +52,10 @@ def _add_predict(verbs: Any) -> None:
         help="file (.nii.gz, .nii, .nrrd, .mha) for one scan, else a folder; files there are named <scan>_seg",
     )  # fmt: skip
     verb.add_argument(
-        "-m",
-        "--model",
-        default=DEFAULT_MODEL,
-        help=f"name, or folder or zip of a MONAI bundle (default: {DEFAULT_MODEL})",
-    )
+        "-m", "--model", nargs="+", default=[DEFAULT_MODEL],
+        help="name, or folder or zip of a MONAI bundle; earlier ones of several have priority (default: "
+        f"{DEFAULT_MODEL})",
+    )  # fmt: skip
     _add_device(verb)
     verb.add_argument(
         "-s", "--statistics", action="store_true", help="write volume, HU and place of each organ, as JSON and CSV"
@@ -83,21 +82,32 @@ def _add_predict(verbs: Any) -> None:
     )
     verb.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="auto: bf16 where bundle and hardware allow it and a window agrees with fp32 (default: auto)",
+        help="in which numbers the network computes; auto: bf16 where the bundle allows it, the hardware is fast in it "
+        "and a window of the first scan agrees with fp32 (default: auto)",
     )  # fmt: skip
     verb.add_argument(
         "--strategy", choices=("sub-volumes", "slices", "downsampled"),
-        help="how network and volume come together (default: the bundle's)",
+        help="what the network sees: windows of the scan (sub-volumes), slice after slice, or the whole scan made "
+        "small (downsampled) (default: the bundle's)",
     )  # fmt: skip
-    verb.add_argument("--overlap", type=float, metavar="SHARE", help="of neighbouring windows (default: the bundle's)")
     verb.add_argument(
-        "--mirror", action="store_true", help="average over the 8 mirror images of each window, in 8 times the time"
-    )
+        "--overlap", type=float, metavar="SHARE",
+        help="share of a window that neighbours have in common, such as 0.25; less is faster (default: the bundle's)",
+    )  # fmt: skip
     verb.add_argument(
-        "--plan", action="store_true", help="only tell strategy, windows, time and memory; nothing is written"
-    )
-    verb.add_argument("--max-ram", type=_bytes, metavar="SIZE", help="memory that may be held, such as 6G or 800M")
-    verb.add_argument("--max-vram", type=_bytes, metavar="SIZE", help="the same on the device")
+        "--mirror", action="store_true",
+        help="average over each window and its mirror image, left for right, in twice the time",
+    )  # fmt: skip
+    verb.add_argument(
+        "--plan", action="store_true",
+        help="only tell strategy, windows, time and memory, from one window that is tried; nothing is written",
+    )  # fmt: skip
+    verb.add_argument(
+        "--max-ram", type=_bytes, metavar="SIZE",
+        help="memory that may be held, such as 6G or 800M; speed, then fineness is given up for it, and a scan that "
+        "still does not fit fails with exit code 5",
+    )  # fmt: skip
+    verb.add_argument("--max-vram", type=_bytes, metavar="SIZE", help="the same for the memory of the GPU")
     verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
     _add_trust(verb)
 

@@ -101,11 +101,11 @@ def _apply_weights(volume: np.ndarray, weights: np.ndarray, axis: int, rows: int
     for slab in range(0, len(source), slabs):
         block = source[slab : slab + slabs].astype(np.float32, order="C", copy=False)
         part = target[slab : slab + slabs]
-        for row, span, band in bands:
+        for place, span, band in bands:
             if last:
-                np.matmul(block[..., span], band.T, out=part[..., row])
+                np.matmul(block[..., span], band.T, out=part[..., place])
             else:
-                np.matmul(band, block[:, span], out=part[:, row])
+                np.matmul(band, block[:, span], out=part[:, place])
     return result
 
 

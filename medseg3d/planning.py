@@ -25,7 +25,7 @@ _MAPS_OF_A_SLAB = 8
 _ON_BORDERS = 0.15
 
 
-class OverMemoryLimit(MemoryError):
+class OverMemoryLimit(MemoryError, ValueError):
     """A scan needs more memory than it may have, whatever is given up."""
 
 
@@ -102,8 +102,11 @@ def make_plan(
         max_ram, max_vram: bytes; None for no limit.
 
     Raises:
+        ValueError: there are several networks, or what they return is not one tensor.
         OverMemoryLimit: the last plan does not fit.
     """
+    if isinstance(network, torch.nn.ModuleDict | torch.nn.ModuleList):
+        raise ValueError("a plan, and so a memory limit, is for one network, but the bundle has several: leave it out")
     costs: dict[int, WindowCost] = {}
 
     def plan(strategy: Strategy, order: int, steps: tuple[str, ...]) -> Plan:
@@ -141,7 +144,7 @@ def _ladder(strategy: Strategy, order: int, device: torch.device) -> Iterator[tu
 def measure_window(strategy: Strategy, image_BC: torch.Tensor, network: Callable) -> WindowCost:
     """What a batch of windows of an image takes, tried on one with much in it."""
     window = strategy.example(image_BC)
-    batch = torch.cat([window] * getattr(strategy, "batch_size", 1))
+    batch = torch.cat([window] * getattr(strategy, "batch_size", 1))[: getattr(strategy, "batch_size", 1)]
     with torch.inference_mode(), peak_memory(image_BC.device) as peak:
         splits = isinstance(strategy, SubVolumes) and strategy.count(image_BC.shape[2:]) >= SPLIT_FROM_WINDOWS
         split = split_head(network, window) if splits else None
@@ -152,6 +155,8 @@ def measure_window(strategy: Strategy, image_BC: torch.Tensor, network: Callable
         if image_BC.device.type == "cuda":
             torch.cuda.synchronize(image_BC.device)
         seconds = time.perf_counter() - start
+    if not isinstance(values, torch.Tensor):
+        raise ValueError(f"a plan needs one tensor of logits, but the network returns a {type(values).__name__}")
     slab = Slab(0, 0, values[0], head)
     start = time.perf_counter()
     slab.labels()

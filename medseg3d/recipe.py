@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose, EnsureTyped, Invertd
 from torch import nn
@@ -51,20 +52,20 @@ class Recipe:
         """
         if self.by_frame:
             return along(applied_frame(image).inverse(), self.order)
-        return between(Geometry(tuple(image.shape[1:]), image.affine.cpu().numpy()), scan, self.order)
+        return _as_inverted(Geometry(tuple(image.shape[1:]), image.affine.cpu().numpy()), scan, self.order)
 
 
 def find_recipe(inferer: Any, postprocessing: Callable) -> Recipe | None:
     """The recipe of what a bundle defines; None where that is none of the usual, and must be carried out as it stands.
 
     Of the post-processing these beginnings are known, for the key "pred": ``LabelsOnInputGridd``; softmax or nothing,
-    ``Invertd``, argmax; softmax or nothing, argmax, ``Invertd``.
+    ``Invertd``, argmax; softmax or nothing, argmax, ``Invertd`` with ``nearest_interp``.
     """
     strategy = as_strategy(inferer)
     steps = [step for step in steps_of(postprocessing) if not isinstance(step, EnsureTyped)]
     if strategy is None or not steps:
         return None
-    if isinstance(steps[0], LabelsOnInputGridd):
+    if _is_labels_on_input_grid(steps[0]):
         return _recipe(strategy, INTERPOLATE, False, steps[1:], by_frame=True)
     softmax = _is_softmax(steps[0])
     if softmax:
@@ -72,10 +73,12 @@ def find_recipe(inferer: Any, postprocessing: Callable) -> Recipe | None:
     if len(steps) < 2:
         return None
     first: Any
+    second: Any
     first, second, *rest = steps
     if _is_inverse(first) and _is_argmax(second):
         return _recipe(strategy, MOVE_LABELS if first.nearest_interp[0] else INTERPOLATE, softmax, rest)
-    if _is_argmax(first) and _is_inverse(second):
+    # Without nearest_interp the numbers of labels are interpolated, which only the bundle itself may do.
+    if _is_argmax(first) and _is_inverse(second) and second.nearest_interp[0]:
         return _recipe(strategy, MOVE_LABELS, softmax, rest)
     return None
 
@@ -119,19 +122,45 @@ def _recipe(
     return Recipe(strategy, order, softmax, by_frame, Compose(list(rest)))
 
 
+def _is_labels_on_input_grid(step: Any) -> bool:
+    return isinstance(step, LabelsOnInputGridd) and _of_pred(step) and tuple(step.orig_keys) == ("image",)
+
+
 def _is_inverse(step: Any) -> bool:
-    return isinstance(step, Invertd) and tuple(step.keys) == ("pred",) and step.post_func[0] is None
+    own = isinstance(step, Invertd) and _of_pred(step) and tuple(step.orig_keys) == ("image",)
+    return own and step.post_func[0] is None
 
 
 def _is_softmax(step: Any) -> bool:
-    return isinstance(step, Activationsd) and step.softmax[0] and not step.sigmoid[0] and step.other[0] is None
+    own = isinstance(step, Activationsd) and _of_pred(step) and _over_channels(step)
+    return own and bool(step.softmax[0]) and not step.sigmoid[0] and step.other[0] is None
 
 
 def _is_argmax(step: Any) -> bool:
-    if not isinstance(step, AsDiscreted) or tuple(step.keys) != ("pred",):
+    if not isinstance(step, AsDiscreted) or not _of_pred(step) or not _over_channels(step):
         return False
     others = (step.to_onehot[0], step.threshold[0], step.rounding[0])
-    return bool(step.argmax[0]) and not any(option not in (None, False) for option in others)
+    return bool(step.argmax[0]) and all(option is None for option in others)
+
+
+def _of_pred(step: Any) -> bool:
+    return tuple(step.keys) == ("pred",)
+
+
+def _over_channels(step: Any) -> bool:
+    options = step.converter.kwargs
+    return options.get("dim", 0) == 0 and options.get("keepdim", True)
+
+
+def _as_inverted(source: Geometry, scan: Geometry, order: int) -> tuple[AxisMap, ...]:
+    """From a grid to the scan's as ``Invertd`` goes: between two voxels, however much coarser the scan's grid is."""
+    steps = np.abs(np.linalg.solve(source.affine, scan.affine)[:3, :3]).max(axis=0)
+    finer = np.ceil(steps.round(6)).astype(int).clip(min=1)  # voxels no larger than the source's are not smoothed
+    affine = scan.affine.copy()
+    affine[:3, :3] /= finer
+    shape = tuple((size - 1) * n + 1 for size, n in zip(scan.shape, finer.tolist(), strict=True))
+    maps = between(source, Geometry(shape, affine), order)
+    return tuple(one.rows(np.arange(size) * n) for one, size, n in zip(maps, scan.shape, finer, strict=True))
 
 
 def strategy_named(name: str, network: nn.Module, own: Strategy | None) -> Strategy:

@@ -25,7 +25,9 @@ class Runner:
         compile: run it through ``torch.compile``. That takes minutes at the first window. Those after it are faster
             with most networks; medseg3d's own may be slower, since they choose how to compute by what runs. Where it
             fails, the network runs as it is and a warning tells why.
-        mirror: spatial axes of the network's grid along which windows are mirrored and answers averaged.
+        mirror: average over windows and their mirror images: along the axis between the patient's sides if True, or
+            along these spatial axes of the network's grid. A network answers well only what it was trained on: few
+            were on patients upside down.
         pairs: numbers of labels that are each other's mirror image.
     """
 
@@ -35,14 +37,14 @@ class Runner:
         device: torch.device,
         precision: str = "fp32",
         compile: bool = False,
-        mirror: Sequence[int] = (),
+        mirror: bool | Sequence[int] = False,
         pairs: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.network = network
         self.device = device
         self.wanted = precision
         self.compiles = compile
-        self.mirror = tuple(mirror)
+        self.mirror = mirror
         self.pairs = tuple(pairs)
         self.precision: Precision | None = None
         self._precise: Callable = network
@@ -63,7 +65,7 @@ class Runner:
             warnings: what the user should know is added.
             laterality_axis: the spatial axis that runs from one side of the patient to the other.
         """
-        self._choose(example)
+        self._choose(example, warnings)
         failure = ""
         if self.compiles:
             if self._compiled is None:
@@ -78,9 +80,15 @@ class Runner:
             warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
         return result
 
-    def _choose(self, example: Callable[[], torch.Tensor] | None) -> None:
-        """The precision, decided once; a scan of no known windows decides nothing."""
-        if self.precision is not None or example is None or self.wanted == "fp32":
+    def _choose(self, example: Callable[[], torch.Tensor] | None, warnings: list[str]) -> None:
+        """The precision, decided once; float32 where there is no window to try another on, or several networks."""
+        if self.precision is not None or self.wanted == "fp32":
+            return
+        if example is None or isinstance(self.network, torch.nn.ModuleDict | torch.nn.ModuleList):
+            lacking = "the windows of this inferer are not known" if example is None else "there are several networks"
+            self.precision = Precision(torch.float32, f"float32: {lacking}, so no other precision can be tried")
+            if self.wanted != "auto":
+                warnings.append(f"{self.wanted} was asked for, but the network runs in {self.precision.reason}")
             return
         self.precision = choose_precision(self.network, example(), self.device, self.wanted)
         self._precise = in_precision(self.network, self.precision.dtype, self.precision.autocast)
@@ -88,4 +96,5 @@ class Runner:
     def _mirrored(self, network: Callable, laterality_axis: int) -> Callable:
         if not self.mirror:
             return network
-        return Flips(network, self.mirror, self.pairs, laterality_axis)
+        axes = (laterality_axis,) if self.mirror is True else tuple(self.mirror)
+        return Flips(network, axes, self.pairs, laterality_axis)

@@ -17,8 +17,10 @@ import torch
 
 from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.geometry import Geometry
+from medseg3d.inference import Downsampled
 from medseg3d.inference.augmentation import side_pairs
 from medseg3d.inference.device import device_name
+from medseg3d.inference.grid_map import edge_to_edge, through
 from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.inference.strategy import plain
@@ -107,8 +109,8 @@ class Segmenter:
         record: what a run report says of the model.
         notes: what was adapted when the model was loaded.
         compile, precision: how the network runs, see :class:`medseg3d.runner.Runner`.
-        mirror: average over windows and their mirror images along all axes of the network's grid; labels of the left
-            and right side, known by their names, change places.
+        mirror: average over mirror images, see :class:`medseg3d.runner.Runner`; labels of the left and right side,
+            known by their names, change places.
         max_ram, max_vram: bytes that the process and the device may hold; what has to be given up for it, a warning
             tells.
     """
@@ -127,7 +129,7 @@ class Segmenter:
         notes: Sequence[str] = (),
         compile: bool = False,
         precision: str = "fp32",
-        mirror: bool = False,
+        mirror: bool | Sequence[int] = False,
         max_ram: int | None = None,
         max_vram: int | None = None,
     ) -> None:
@@ -142,8 +144,7 @@ class Segmenter:
         self.record = dict(record or {})
         self.notes = tuple(notes)
         self.max_ram, self.max_vram = max_ram, max_vram
-        axes = range(3) if mirror else ()
-        self.runner = Runner(network, device, precision, compile, axes, side_pairs(table.names))
+        self.runner = Runner(network, device, precision, compile, mirror, side_pairs(table.names))
 
     @property
     def labels(self) -> dict[int, str]:
@@ -269,7 +270,13 @@ class Segmenter:
             return {**data, "pred": whole[0].float().cpu()}, self.postprocessing
 
         def label_map(network: Callable) -> np.ndarray:
-            slabs = stopwatch.each("network", recipe.strategy.slabs(image_BCDHW, network))
+            strategy = recipe.strategy
+            if isinstance(strategy, Downsampled):  # straight from its small grid to the scan's
+                with stopwatch.stage("network"):
+                    small = strategy.small(image_BCDHW, network)
+                own = edge_to_edge(strategy.size, image_BCDHW.shape[2:])
+                return labels_onto([small], through(maps, own), recipe.softmax)
+            slabs = stopwatch.each("network", strategy.slabs(image_BCDHW, network))
             return labels_onto(slabs, maps, recipe.softmax)
 
         with stopwatch.stage("labels"):

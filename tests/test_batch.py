@@ -111,7 +111,7 @@ def test_through_the_segmenter(model, scans, tmp_path):
 
 def test_cases_come_one_by_one(model, scans, tmp_path):
     """The first result is on disk before the second case is begun, where that is asked for."""
-    results = predict_many(model, scans, tmp_path / "out", overlap=False)
+    results = predict_many(model, scans, tmp_path / "out", background_io=False)
     next(results)
     assert "a_seg.nii.gz" in names(tmp_path / "out") and "c_seg.nii.gz" not in names(tmp_path / "out")
 

@@ -33,6 +33,13 @@ FLAGS = {
         "-ot --output-type",
         "--resume",
         "--compile",
+        "--precision",
+        "--strategy",
+        "--overlap",
+        "--mirror",
+        "--plan",
+        "--max-ram",
+        "--max-vram",
         "--allow-non-hu",
         "--trust",
     },
@@ -88,7 +95,9 @@ def test_help_of_all(run):
 def test_defaults(monkeypatch):
     monkeypatch.delenv("MEDSEG3D_DEVICE", raising=False)
     args = cli._parser().parse_args(["predict", "-i", "a", "-o", "b"])
-    assert (args.model, args.device, args.output_type, args.report) == ("headneck_ct_unet", "auto", "nifti", None)
+    assert (args.model, args.device, args.output_type, args.report) == (["headneck_ct_unet"], "auto", "nifti", None)
+    assert (args.precision, args.strategy, args.overlap) == ("auto", None, None)
+    assert (args.mirror, args.plan, args.max_ram, args.max_vram) == (False, False, None, None)
     monkeypatch.setenv("MEDSEG3D_DEVICE", "cpu")
     assert cli._parser().parse_args(["predict", "-i", "a", "-o", "b"]).device == "cpu"
 
@@ -101,6 +110,7 @@ def test_defaults(monkeypatch):
         (["--dataset_dir", "my_data"], ["--dataset-dir", "my_data"]),
         (["--labels=my_labels.json"], ["--labels=my_labels.json"]),
         (["-i", "a_b.nii.gz", "-"], ["-i", "a_b.nii.gz", "-"]),
+        (["--max_ram", "6G"], ["--max-ram", "6G"]),
     ],
 )
 def test_underscores_are_dashes(given, meant):
@@ -116,6 +126,9 @@ def test_underscores_are_dashes(given, meant):
         ["predict", "-i", "ct.nii.gz"],
         ["predict", "-i", "ct.nii.gz", "-o", "out", "--fast"],
         ["predict", "-i", "ct.nii.gz", "-o", "out", "-ot", "png"],
+        ["predict", "-i", "ct.nii.gz", "-o", "out", "--precision", "int8"],
+        ["predict", "-i", "ct.nii.gz", "-o", "out", "--strategy", "windows"],
+        ["predict", "-i", "ct.nii.gz", "-o", "out", "--overlap", "half"],
         ["models", "info"],
         ["models", "list", "headneck_ct_unet"],
         ["models", "delete"],
@@ -208,11 +221,21 @@ def test_report(predict, ct_file, tmp_path):
     assert {"python", "torch", "monai", "numpy"} <= report["versions"].keys()
     assert report["model"]["name"] == "bone_ct_threshold" and len(report["model"]["weights_sha256"]) == 64
     assert report["device"] == "cpu" and report["threads"] >= 1 and report["peak_memory_mb"] > 50
-    assert report["options"] == {"allow_non_hu": True, "resume": False, "compile": False}
+    assert report["options"] == {
+        "allow_non_hu": True,
+        "resume": False,
+        "compile": False,
+        "strategy": None,
+        "overlap": None,
+        "mirror": False,
+        "max_ram": None,
+        "max_vram": None,
+        "precision": "fp32",
+    }
     assert set(report["seconds"]) == {"load model", "cases"}
     (case,) = report["cases"]
     assert case["error"] is None and case["grid"]["shape"] == list(tiny.SHAPE)
-    assert set(case["seconds"]) == {"read", "preprocess", "network", "postprocess"}
+    assert set(case["seconds"]) == {"read", "preprocess", "network", "labels", "postprocess"}
     assert Path(case["outputs"]["segmentation"]).is_file()
 
 

@@ -22,14 +22,14 @@ FLOORS = [
     {"inference", "checkpoints", "compatibility"},
     {"report", "recipe", "runner"},
     {"planning"},
-    {"training", "segmenter", "batch"},
+    {"training", "segmenter", "several", "batch"},
     {"bundle", "compare"},
     {"medseg3d", "doctor", "cli_arguments"},
     {"cli"},
     {"__main__"},
 ]
 # Two files of one room: a Segmenter predicts many cases by the code in batch.py.
-NEIGHBOURS = [{"segmenter", "batch"}]
+NEIGHBOURS = [{"segmenter", "several", "batch"}]
 # Where less is allowed than all that lies below.
 ONLY = {
     "io": {"volume", "geometry"},

@@ -7,6 +7,7 @@ layer, ``*plane`` the axes of a slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,10 @@ class Downsampled(Streamed):
         if len(self.size) not in (2, 3) or min(self.size) < 1:
             raise ValueError(f"size must be two or three numbers of voxels, 1 or more each, got {size}")
         self.progress = progress
+
+    def blending(self, image_size: Sequence[int], channels: int) -> tuple[int, int]:
+        """The small grid's logits."""
+        return prod(self.size) * channels * 4, prod(self.size)
 
     def slabs(self, image_BC: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
         """The segmented image (1, C, *spatial), one slice a slab, along the axis that lost most.

@@ -83,6 +83,11 @@ def between(source: Geometry, target: Geometry, order: int = 1) -> tuple[AxisMap
     )
 
 
+def through(maps: Sequence[AxisMap], inner: Sequence[AxisMap]) -> tuple[AxisMap, ...]:
+    """``maps`` from a grid that itself draws on another one by ``inner``: straight from that one."""
+    return tuple(AxisMap(inner[one.axis].axis, one.weights @ inner[one.axis].weights) for one in maps)
+
+
 def _after(maps: tuple[AxisMap, ...], frame: Frame, order: int) -> tuple[AxisMap, ...]:
     """The maps to a grid, and then along a frame that starts on it."""
     if isinstance(frame, Chain):

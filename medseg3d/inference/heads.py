@@ -41,7 +41,7 @@ def _without(network: nn.Module, name: str, layer: nn.Conv2d | nn.Conv3d) -> nn.
     kept = [*network.parameters(), *network.buffers()]
     body = copy.deepcopy(network, {id(tensor): tensor for tensor in kept})
     parent, _, own_name = name.rpartition(".")
-    setattr(body.get_submodule(parent), own_name, _identity_like(layer))
+    setattr(body.get_submodule(parent), own_name, _Passes(layer))
     return body
 
 
@@ -56,11 +56,14 @@ def _last_pointwise(network: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d | No
     return last
 
 
-def _identity_like(layer: nn.Conv2d | nn.Conv3d) -> nn.Module:
-    """A convolution that returns its input: whoever reads its weight instead of calling it gets the same."""
-    identity = type(layer)(layer.in_channels, layer.in_channels, 1, bias=False)
-    identity.weight = nn.Parameter(torch.eye(layer.in_channels).view_as(identity.weight), requires_grad=False)
-    return identity.to(layer.weight.device, layer.weight.dtype).eval()
+class _Passes(nn.Identity):
+    """Stands for a convolution and returns its input; whoever reads its weight instead of calling it gets the same."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        identity = torch.eye(layer.in_channels, dtype=layer.weight.dtype, device=layer.weight.device)
+        self.weight = nn.Parameter(identity.view(*identity.shape, *layer.kernel_size), requires_grad=False)
+        self.bias = None
 
 
 def _noise_like(window: torch.Tensor) -> torch.Tensor:

@@ -268,7 +268,7 @@ class _Rows:
         self.offsets_S = offsets_S
         self.strides = needed.stride()
         self.number_N = needed.flatten().cumsum(0, dtype=torch.int32) - 1
-        self.rows_NF = values.movedim(0, -1)[needed].float()
+        self.rows_NF = _rows_at(values, needed)
 
     def take_softmax(self, head: Head | None) -> None:
         """Probabilities in the place of the logits, or of the channels of which ``head`` makes them."""
@@ -277,10 +277,23 @@ class _Rows:
 
     def means(self, places: Sequence[torch.Tensor]) -> torch.Tensor:
         """Weighted means (V, F) at target voxels, given by their number on each axis."""
-        first_V: torch.Tensor | int = 0
-        weights_VS = torch.ones(len(places[0]), 1, device=self.rows_NF.device)
-        for band, place, stride in zip(self.bands, places, self.strides, strict=True):
-            first_V = band.first[place] * stride + first_V
-            weights_VS = (weights_VS[:, :, None] * band.weights[place][:, None]).flatten(1)
-        numbers_VS = self.number_N[torch.as_tensor(first_V)[:, None] + self.offsets_S]
+        first_V = torch.zeros_like(places[0])
+        weights_VS = torch.ones(len(first_V), 1, device=first_V.device)
+        for band, place, stride in zip(self.bands, places, self.strides, strict=True):  # index_select is the fastest
+            first_V += band.first.index_select(0, place) * stride
+            weights_VS = (weights_VS[:, :, None] * band.weights.index_select(0, place)[:, None]).flatten(1)
+        places_VS = first_V[:, None] + self.offsets_S
+        numbers_VS = self.number_N.index_select(0, places_VS.flatten()).view_as(places_VS)
         return F.embedding_bag(numbers_VS, self.rows_NF, per_sample_weights=weights_VS, mode="sum")
+
+
+def _rows_at(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """(F, ...) -> (N, F) float32, contiguous: the channels of the ``needed`` voxels (...)."""
+    if values.stride(0) == 1 or values.device.type != "cpu":
+        return values.movedim(0, -1)[needed].float()
+    # Channel by channel: those of one voxel often lie a multiple of 4096 bytes apart and cannot all be in the cache.
+    places_N = needed.flatten().nonzero()[:, 0]
+    rows_FN = torch.empty(len(values), len(places_N))
+    for row_N, channel in zip(rows_FN, values, strict=True):
+        row_N.copy_(channel.flatten().index_select(0, places_N))
+    return rows_FN.T.contiguous()

@@ -6,6 +6,7 @@ Arrays are (D, H, W) or (H, W).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from typing import Any, Literal
@@ -144,8 +145,9 @@ class _OfLabelMaps(MapTransform):
             output[key] = MetaTensor(cleaned).copy_meta_from(label_map) if is_meta else cleaned
         return output
 
+    @abstractmethod
     def changed(self, labels: np.ndarray, tensor: torch.Tensor) -> np.ndarray:
-        raise NotImplementedError
+        """The label map (D, H, W) or (H, W) of ``tensor``, changed."""
 
 
 class DropSmallComponentsd(_OfLabelMaps):

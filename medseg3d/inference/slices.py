@@ -7,6 +7,7 @@ of a volume is a 2D image; by the same code a slice of a 2D image is a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -94,6 +95,23 @@ class Slices(Streamed):
             "accumulate": accumulate,
         }
         SubVolumes(1, **self.windows)  # its own checks of these
+
+    def count(self, image_size: Sequence[int]) -> int:
+        return sum(image_size[axis] for axis in self.axes)
+
+    def blending(self, image_size: Sequence[int], channels: int) -> tuple[int, int]:
+        """Several axes keep a sum of all classes, or a label map an axis but the last."""
+        voxels = prod(image_size)
+        kept = 0
+        if len(self.axes) > 1:
+            kept = voxels * (channels * self.accumulate.itemsize if self.fusion == "mean" else len(self.axes) - 1)
+        return kept, voxels // image_size[self.axes[-1]]
+
+    def example(self, image_BC: torch.Tensor) -> torch.Tensor:
+        """A batch of slices from the middle third: the first ones may show air."""
+        dim = 2 + self.axes[0] % (image_BC.dim() - 2)
+        size = image_BC.shape[dim]
+        return super().example(image_BC.narrow(dim, size // 3, max(1, size // 3)))
 
     def slabs(self, image_BC: torch.Tensor, network: Networks, *args: Any, **kwargs: Any) -> Iterator[Slab]:
         """The segmented image (1, C, *spatial), one slice a slab, along the only or the last of the axes.

@@ -18,7 +18,7 @@ GREATEST_RATIO = 1032  # deflate makes at most 258 bytes of two bits
 _MAGIC = b"\x1f\x8b"
 _HEAD = _MAGIC + b"\x08" + bytes(6) + b"\xff"  # deflated, no name, no time, of an unknown system
 # ISA-L's level 2, with blocks short enough that their Huffman codes follow the image: of CT, files within 1 % of those
-# of zlib's level 1 in a quarter of its time.
+# of zlib's level 1 in about a quarter of its time. Level 1 is faster by a tenth and makes them 3 % to 4 % larger.
 _DEFLATE = {"level": 2, "method": isal_zlib.DEFLATED, "wbits": -isal_zlib.MAX_WBITS, "memLevel": 3}
 _PIECE = 1 << 20  # bytes that stay in the cache while they are worked on
 _THREADS = min(4, os.cpu_count() or 1)

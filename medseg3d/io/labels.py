@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
+
 from medseg3d.io.formats import split_name
 
 Color = tuple[int, int, int]
@@ -118,6 +120,27 @@ class LabelTable:
         except (ET.ParseError, KeyError, ValueError) as error:
             raise ValueError(f"not a label table: its XML is damaged ({error})") from error
         return cls(names, colors)
+
+
+def unnamed_labels(array: np.ndarray, names: Mapping[int, str]) -> set[int]:
+    """The labels but 0 in an array of integers that have no name.
+
+    A label map whose names have no gaps takes one look at its greatest label. Else voxels are counted slab by slab,
+    since a count over the whole needs eight bytes a voxel.
+
+    Raises:
+        ValueError: a label below 0 or above 65535.
+    """
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"labels are 0 to 65535, got {low} to {high}")
+    unnamed = set(range(low, high + 1)) - {0, *names}
+    if unnamed:
+        counts = np.zeros(high + 1, dtype=np.int64)
+        for slab in np.moveaxis(array, -1, 0):
+            counts += np.bincount(slab.ravel(order="K").astype(np.intp), minlength=high + 1)
+        unnamed.intersection_update(np.flatnonzero(counts).tolist())
+    return unnamed
 
 
 def sidecar_path(path: str | Path) -> Path:

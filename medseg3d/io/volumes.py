@@ -14,7 +14,7 @@ import numpy as np
 from medseg3d.geometry import Geometry
 from medseg3d.io.atomic import write_atomic
 from medseg3d.io.formats import READABLE, WRITABLE, kind_of, split_name
-from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text
+from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text, unnamed_labels
 from medseg3d.io.voxels import LPS_TO_RAS, fortran_order, plain_numbers, spatial_shape
 from medseg3d.volume import Volume
 
@@ -95,7 +95,7 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
     if volume.array.dtype.kind not in "iub":
         raise ValueError(f"a label map holds whole numbers, got {volume.array.dtype}: convert it, e.g. with argmax")
     array = fortran_order(volume.array)
-    unknown = _unnamed(array, table.names)
+    unknown = unnamed_labels(array, table.names)
     if unknown:
         raise ValueError(f"labels {sorted(unknown)} are in the segmentation but not in the table: name them")
     dtype = np.uint8 if max(table.names, default=0) <= 255 else np.uint16
@@ -194,20 +194,6 @@ def _reread(written: Path, total: Any, volume: Volume) -> tuple[Geometry, np.dty
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-
-
-def _unnamed(array: np.ndarray, names: Mapping[int, str]) -> set[int]:
-    """The labels that have no name. Voxels are counted, slab by slab, only where a number between has none."""
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"labels are 0 to 65535, got {low} to {high}")
-    nameless = set(range(low, high + 1)) - {0, *names}
-    if nameless:
-        counts = np.zeros(high + 1, dtype=np.int64)
-        for slab in np.moveaxis(array, -1, 0):
-            counts += np.bincount(slab.ravel(order="K").astype(np.intp), minlength=high + 1)
-        nameless.intersection_update(np.flatnonzero(counts).tolist())
-    return nameless
 
 
 def _write_text(path: Path, text: str) -> None:

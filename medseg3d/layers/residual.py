@@ -37,8 +37,10 @@ MERGE_FROM_VOXELS = 32**3
 MERGE_FROM_CHANNELS = 32
 
 
-def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
-    """``conv`` of kernel and stride 1 on ``x_BC...``."""
+def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d | nn.Identity) -> torch.Tensor:
+    """``conv`` of kernel and stride 1 on ``x_BC...``; an identity may stand in its place."""
+    if isinstance(conv, nn.Identity):
+        return x
     return mix_channels(x, conv.weight.flatten(1), conv.bias)
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.special import softmax
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,6 +103,18 @@ def test_a_head_is_applied_after_the_interpolation(axis):
     logits = head(torch.from_numpy(features).flatten(1)).view(7, *features.shape[1:]).numpy()
     labels = labels_onto(slabs(features, axis, 4, head), along(frame))
     assert_argmax(labels, np.stack([frame.image(logits[n]) for n in range(7)]))
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_probabilities_are_interpolated_on_request(with_head):
+    frame = way_back((19, 16, 12), "PIR", 0.7, crop=True)
+    values = 4 * smooth(3, frame.source.shape)
+    head = Head(torch.linspace(-2, 2, 15).view(5, 3).sin()) if with_head else None
+    logits = head(torch.from_numpy(values).flatten(1)).view(5, *values.shape[1:]).numpy() if head else values
+    labels = labels_onto(slabs(values, 1, 4, head), along(frame), softmax=True)
+    moved = [frame.image(channel) for channel in softmax(logits, axis=0)]
+    assert_argmax(labels, np.stack(moved))
+    assert (labels != labels_onto(slabs(values, 1, 4, head), along(frame))).any()
 
 
 def test_other_layouts_and_types_give_the_same():

@@ -1,9 +1,10 @@
 import json
 from itertools import combinations
 
+import numpy as np
 import pytest
 
-from medseg3d.io.labels import LabelTable, default_color, sidecar_path, sidecar_text
+from medseg3d.io.labels import LabelTable, default_color, sidecar_path, sidecar_text, unnamed_labels
 
 TABLE = LabelTable({3: "parotid gland, left", 1: "brainstem <& \"quoted\" 'é'>"}, {3: (1, 2, 3)})
 
@@ -88,3 +89,31 @@ def test_sidecar_holds_file_names_only(tmp_path):
     assert sidecar_path(path) == tmp_path / "seg.labels.json"
     assert json.loads(text)["source"] == "ct.nii.gz" and json.loads(text)["segmentation"] == "seg.nii.gz"
     assert "clinic" not in text and str(tmp_path) not in text
+
+
+# Labels in use
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64])
+@pytest.mark.parametrize(
+    ("used", "named", "unnamed"),
+    [
+        ([0, 1, 2], [1, 2], set()),
+        ([0, 2], [1, 2, 3], set()),
+        ([1, 4], [1, 4], set()),  # 2 and 3 have no name and are not used
+        ([0, 3, 5, 9], [3, 7], {5, 9}),
+        ([0], [], set()),
+    ],
+)
+def test_unnamed_labels(dtype, used, named, unnamed):
+    array = np.resize(np.array(used, dtype), (4, 5, 6))
+    assert unnamed_labels(array, dict.fromkeys(named, "organ")) == unnamed
+
+
+def test_every_label_up_to_65535_may_be_used():
+    array = np.array([0, 255, 256, 65535]).reshape(2, 2, 1)
+    assert unnamed_labels(array, {255: "a", 65535: "b"}) == {256}
+    assert unnamed_labels(array > 0, {}) == {1}
+    for wrong in (-1, 65536):
+        with pytest.raises(ValueError, match=rf"0 to 65535, got .*{wrong}"):
+            unnamed_labels(np.full((2, 2, 2), wrong), {})

@@ -151,13 +151,17 @@ def bad_files(folder):
     yield "2D", saved(folder / "2D.nii.gz", voxels(shape=(4, 4))), "is 2D"
     yield "complex", saved(folder / "complex.nii.gz", voxels(np.complex64)), "has complex64 voxels"
     yield "colour", saved(folder / "colour.nii.gz", rgb), "has colour voxels"
-    plain = (saved(folder / f"{name}.nii") for name in ("spacing", "dims", "type", "magic", "singular", "infinite"))
+    cases = ("spacing", "dims", "type", "magic", "singular", "infinite", "nowhere", "before", "large")
+    plain = (saved(folder / f"{name}.nii") for name in cases)
     yield "zero spacing", patched(next(plain), 80, "<3f", 1, 0, 1), r"has a spacing of \[1.0, 0.0, 1.0\]"
     yield "dimensions", patched(next(plain), 42, "<h", -5), "damaged header: dimensions"
     yield "data type", patched(next(plain), 70, "<h", 9999), "unknown data type 9999"
     yield "analyze", patched(next(plain), 344, "<4s", b""), "Analyze 7.5"
     yield "singular", patched(next(plain), 280, "<8f", 1, 0, 0, 0, 1, 0, 0, 0), "singular|spacing"
     yield "infinite", patched(next(plain), 280, "<f", np.inf), "NaN or infinite"
+    yield "offset", patched(next(plain), 108, "<f", np.nan), "voxels begin at byte nan"
+    yield "negative offset", patched(next(plain), 108, "<f", -8), "voxels begin at byte -8"
+    yield "too large", patched(next(plain), 42, "<3h", 32767, 32767, 32767), "is cut off: shape"
     saved(folder / "half.hdr", kind=nib.Nifti1Pair)
     (folder / "half.img").unlink()
     yield "half a pair", folder / "half.hdr", "half.img is not beside it"

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,48 @@ def test_a_file_that_reads_back_differently_is_an_error_and_removed(tmp_path, se
     sabotaged(monkeypatch, damage)
     with pytest.raises(OSError, match=r"seg\.nii was written but (reads back as|cannot be read)"):
         write_label_map(segmentation, tmp_path / "seg.nii", TABLE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("at", ["cut", 0, 0.5, -9, -1])
+def test_a_compressed_file_that_is_not_what_was_written_is_removed(tmp_path, segmentation, monkeypatch, at):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        if at == "cut":
+            del content[-1:]
+        else:
+            content[int(at * len(content)) if at == 0.5 else at] ^= 1
+        path.write_bytes(content)
+
+    sabotaged(monkeypatch, damage)
+    with pytest.raises(OSError, match=r"seg\.nii\.gz was written but (reads back as|cannot be read)"):
+        write_label_map(segmentation, tmp_path / "seg.nii.gz", TABLE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+@pytest.mark.parametrize(
+    ("offset", "value", "what"),
+    [
+        (42, struct.pack("<h", 6), r"\(6, 6, 5\)"),
+        (70, struct.pack("<h", 256), "other voxels"),  # int8
+        (292, struct.pack("<f", 500), "500"),
+        (400, None, "other label names"),
+    ],
+)
+def test_a_header_that_was_composed_wrongly_is_noticed(
+    tmp_path, segmentation, monkeypatch, suffix, offset, value, what
+):
+    """What is wrong from the beginning has the right checksum; the file's own header tells."""
+    compose = nifti._head_bytes
+
+    def harmed(header, extension):
+        head = compose(header, extension)
+        return head[:offset] + value + head[offset + len(value) :] if value else head.replace(b"left", b"LEFT")
+
+    monkeypatch.setattr(nifti, "_head_bytes", harmed)
+    with pytest.raises(OSError, match=f"reads back as .*{what}"):
+        write_label_map(segmentation, tmp_path / f"seg.{suffix}", TABLE)
     assert not list(tmp_path.iterdir())
 
 

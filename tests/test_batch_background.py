@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import os
+import signal
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -34,9 +37,8 @@ class Result:
 class Model:
     """Stands for a Segmenter: logs what it is asked for and waits, or fails, where a test says so."""
 
-    record = {"bundle_sha256": "0"}
-
     def __init__(self):
+        self.record = {"bundle_sha256": "0"}
         self.log, self.threads, self.results = [], {}, []
         self.before = {}  # (what, case) -> called before it is logged
         self.news = threading.Condition()
@@ -154,7 +156,7 @@ def test_a_slow_caller_holds_everything_up(model, scans, out):
 
 def test_one_after_the_other_where_that_is_asked_for(model, scans, out):
     steps = ("read", "was read", "segment", "segmented", "write", "written")
-    for n, result in enumerate(predict_many(model, scans, out, overlap=False), 1):
+    for n, result in enumerate(predict_many(model, scans, out, background_io=False), 1):
         assert model.log == [(step, name) for name in "abcd"[:n] for step in steps]
         assert finished(out)[-1] == result.case.name
     assert set().union(*model.threads.values()) == {threading.main_thread()}
@@ -173,8 +175,8 @@ def test_network_and_progress_stay_on_the_callers_thread(model, scans, out):
     assert threading.main_thread() not in model.threads["read"] | model.threads["write"]
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_results_are_let_go(model, scans, out, overlap):
+@pytest.mark.parametrize("background", [True, False])
+def test_results_are_let_go(model, scans, out, background):
     """When a case is begun, the result two before it is gone unless the caller keeps it."""
 
     def gone(n):
@@ -184,7 +186,7 @@ def test_results_are_let_go(model, scans, out, overlap):
     model.when("segment", "c", lambda: gone(0))
     model.when("segment", "d", lambda: gone(1))
     errors = []
-    for result in predict_many(model, scans, out, overlap=overlap):
+    for result in predict_many(model, scans, out, background_io=background):
         errors.append(result.error)
         del result
     assert errors == [None] * 4
@@ -193,12 +195,12 @@ def test_results_are_let_go(model, scans, out, overlap):
 # Failures
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("step", ["read", "segment", "write"])
-def test_a_case_that_fails_stops_no_other(model, scans, out, step, overlap):
+def test_a_case_that_fails_stops_no_other(model, scans, out, step, background):
     for name in "bd":
         model.fails(step, name, ValueError(f"{name} is bad"))
-    results = list(predict_many(model, scans, out, overlap=overlap))
+    results = list(predict_many(model, scans, out, background_io=background))
     assert [(result.case.name, result.error) for result in results] == [
         ("a", None),
         ("b", "b is bad"),
@@ -245,13 +247,26 @@ def test_ctrl_c_in_the_network_lets_the_write_beside_it_end(model, scans, out):
     assert ("read", "d") not in model.log and not (out / "failures.csv").exists()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.skipif(os.name != "posix", reason="signals to a thread are POSIX's")
+def test_ctrl_c_while_the_first_scan_is_read_begins_no_other(model, scans, out):
+    def press():
+        time.sleep(4 * SHORT)  # the caller waits for the scan by now
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(10 * SHORT)  # a long read, which cannot be broken off
+
+    model.when("read", "a", press)
+    with pytest.raises(KeyboardInterrupt):
+        list(predict_many(model, scans, out))
+    assert model.log == [("read", "a"), ("was read", "a")]
+
+
+@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("step", ["read", "segment", "write"])
-def test_an_interrupt_in_any_step_reaches_the_caller(model, scans, out, step, overlap):
+def test_an_interrupt_in_any_step_reaches_the_caller(model, scans, out, step, background):
     model.fails(step, "b", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        list(predict_many(model, scans, out, overlap=overlap))
-    assert finished(out) == ["a"]
+        list(predict_many(model, scans, out, background_io=background))
+    assert finished(out)[0] == "a" and "b" not in finished(out)  # c may have been waiting for b's end
 
 
 def test_a_caller_who_stops_early_leaves_nothing_half_done(model, scans, out):

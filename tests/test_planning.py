@@ -1,0 +1,277 @@
+"""Plans: what is given up in which order, what they say of memory, and that they change nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import medseg3d as ms
+from medseg3d import planning
+from medseg3d.errors import in_words, is_out_of_memory
+from medseg3d.inference import Downsampled, Slices, SubVolumes
+from medseg3d.planning import GIB, OverMemoryLimit, Plan, WindowCost, make_plan, measure_window, peak_memory
+from tests import tiny_bundles as tiny
+
+IMAGE = torch.zeros(1, 1, 40, 24, 24)
+HELD = 1000  # bytes, by the process
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Windows cost 100 bytes each and one second, two classes are blended; nothing is measured."""
+    asked = []
+
+    def measure(strategy, image, network):
+        batch = getattr(strategy, "batch_size", 1)
+        asked.append(batch)
+        return WindowCost(seconds=float(batch), labelling=0.0, ram=100 * batch, vram=10 * batch, channels=2)
+
+    monkeypatch.setattr(planning, "measure_window", measure)
+    monkeypatch.setattr(planning, "current_memory", lambda: HELD)
+    return asked
+
+
+def plan(strategy=None, order=1, image=IMAGE, target=None, **limits):
+    strategy = SubVolumes(16, 0.5, batch_size=4) if strategy is None else strategy
+    return make_plan(strategy, order, image, image.shape[2:] if target is None else target, nn.Identity(), **limits)
+
+
+# What is given up
+
+
+STEPS = (
+    "one window at a time",
+    "sums of windows in bfloat16",
+    "nearest labels instead of interpolated logits",
+)
+
+
+def test_nothing_is_given_up_without_need(costs):
+    own = SubVolumes(16, 0.5, batch_size=4)
+    for limits in ({}, {"max_ram": 10**12, "max_vram": 10**12}, {"max_ram": plan(own).ram, "max_vram": 40}):
+        found = plan(own, **limits)
+        assert found.steps == () and found.strategy is own and found.order == 1
+
+
+def test_steps_of_the_ladder_come_one_after_another(costs):
+    """Each limit one byte below what the plan before it takes."""
+    found, seen = plan(), []
+    with pytest.raises(OverMemoryLimit):
+        for _ in range(10):
+            found = plan(max_ram=found.ram - 1)
+            seen.append(found)
+    assert [one.steps for one in seen] == [STEPS[:1], STEPS[:2], STEPS]
+    batches, sums, orders = zip(*((p.strategy.batch_size, p.strategy.accumulate, p.order) for p in seen), strict=True)
+    assert batches == (1, 1, 1) and orders == (1, 1, 0)
+    assert sums == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert [one.strategy.overlap for one in seen] == [0.5] * 3, "what windows there are stays as it is"
+    assert len({one.windows for one in seen}) == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "order", "steps"),
+    [
+        (SubVolumes(16), 1, STEPS[1:]),
+        (SubVolumes(16, accumulate=torch.bfloat16), 1, STEPS[2:]),
+        (SubVolumes(16, accumulate=torch.bfloat16), 0, ()),
+        (Downsampled((8, 8, 8)), 1, STEPS[2:]),
+        (Slices(), 0, ()),
+    ],
+)
+def test_only_what_there_is_can_be_given_up(strategy, order, steps):
+    rungs = list(planning._ladder(strategy, order, torch.device("cpu")))
+    assert tuple(step for *_, step in rungs) == steps
+
+
+def test_windows_leave_an_accelerator_before_their_sums_lose_precision():
+    rungs = list(planning._ladder(SubVolumes(16, batch_size=2), 1, torch.device("cuda")))
+    steps = [step for *_, step in rungs]
+    assert steps == [STEPS[0], "windows are blended in the memory of the CPU", *STEPS[1:]]
+    assert [str(strategy.device) for strategy, *_ in rungs] == ["None", "cpu", "cpu", "cpu"]
+    given = SubVolumes(16, device="cpu")
+    assert [step for *_, step in planning._ladder(given, 0, torch.device("cuda"))] == [STEPS[1]]
+
+
+def test_each_batch_size_is_measured_once(costs):
+    with pytest.raises(OverMemoryLimit):
+        plan(max_ram=1)
+    assert costs == [4, 1]
+
+
+def test_a_limit_that_cannot_be_kept(costs):
+    with pytest.raises(OverMemoryLimit) as caught:
+        plan(max_ram=GIB // 10**6, max_vram=5)
+    text = in_words(caught.value)
+    assert text.startswith("the scan needs about ") and text.endswith(": crop it, or allow more")
+    assert "of memory" in text and "on the device" in text and f"even with {', '.join(STEPS)}" in text
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(OverMemoryLimit) as caught:
+        plan(SubVolumes(16, accumulate=torch.bfloat16), 0, max_ram=1)
+    assert "even with" not in str(caught.value) and "on the device" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ram", "vram", "fits"),
+    [
+        (None, None, True),
+        (10, None, True),
+        (9, None, False),
+        (None, 5, True),
+        (None, 4, False),
+        (10, 5, True),
+        (9, 9, False),
+    ],
+)
+def test_fits(ram, vram, fits):
+    assert Plan(SubVolumes(16), 1, windows=1, seconds=1.0, ram=10, vram=5).fits(ram, vram) is fits
+
+
+def test_a_plan_in_words():
+    text = str(Plan(SubVolumes(16), 0, 7, 12.4, 3 * GIB, 0, STEPS[:2]))
+    assert text.splitlines() == [
+        "strategy: SubVolumes, 7 windows",
+        "labels onto the scan's grid: nearest",
+        "time: about 12 s",
+        "memory: about 3.00 GiB",
+        f"given up: {STEPS[0]}",
+        f"given up: {STEPS[1]}",
+    ]
+    assert "memory of the device: about 1.50 GiB" in str(Plan(SubVolumes(16), 1, 7, 12.4, GIB, GIB * 3 // 2))
+
+
+# How it grows
+
+
+def test_a_longer_scan_takes_one_byte_a_voxel_more(costs):
+    """The slab rolls along the long axis and stays as it is; only the label map grows."""
+    short, long = (plan(image=torch.zeros(1, 1, size, 24, 24)) for size in (40, 400))
+    assert long.ram - short.ram == 360 * 24 * 24
+    assert long.windows > 8 * short.windows and long.seconds == long.windows
+
+
+def test_a_finer_scan_takes_its_label_map_only(costs):
+    coarse, fine = plan(), plan(target=(80, 48, 48))
+    assert fine.ram - coarse.ram == (2**3 - 1) * 40 * 24 * 24
+    assert (fine.windows, fine.seconds) == (coarse.windows, coarse.seconds)
+
+
+def test_more_classes_cost_sums_of_a_slab(costs, monkeypatch):
+    few = plan(order=0)
+    monkeypatch.setattr(planning, "measure_window", lambda *_: WindowCost(4.0, 0.0, 400, 40, channels=12))
+    assert plan(order=0).ram - few.ram == 10 * 4 * (16 * 24 * 24)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_what_is_held_already_counts(images, costs, monkeypatch):
+    before = plan().ram
+    monkeypatch.setattr(planning, "current_memory", lambda: images * HELD)
+    assert plan().ram - before == (images - 1) * HELD
+
+
+# What is measured
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape"),
+    [
+        (SubVolumes(16, batch_size=3), (3, 1, 16, 16, 16)),
+        (Slices(batch_size=4), (4, 1, 40, 24)),
+        (Downsampled((8, 8, 8)), (1, 1, 8, 8, 8)),
+    ],
+)
+def test_one_batch_is_tried_as_the_strategy_gives_it(strategy, shape):
+    seen = []
+
+    def network(batch):
+        seen.append(tuple(batch.shape))
+        return torch.cat([batch, batch, batch], 1)
+
+    cost = measure_window(strategy, IMAGE, network)
+    assert seen == [shape] * 2 and cost.channels == 3
+    assert cost.seconds > 0 and cost.labelling > 0 and cost.ram >= 0 and cost.vram == 0
+
+
+def test_channels_are_those_before_the_head_where_it_is_taken_off():
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 50, 1)).requires_grad_(False).eval()
+    image = torch.randn(1, 1, 40, 24, 24)
+    assert measure_window(SubVolumes(16), image, network).channels == 4
+    assert measure_window(SubVolumes((40, 24, 24)), image, network).channels == 50, "not worth it for one window"
+
+
+def test_memory_of_a_window_is_measured():
+    size = 64 * 2**20
+
+    def network(batch):
+        held = torch.ones(size // 4)
+        return batch * held[0]
+
+    assert 0.9 * size < measure_window(SubVolumes(16), IMAGE, network).ram < 2 * size
+    with peak_memory(torch.device("cpu")) as peak:
+        pass
+    assert peak.ram < size / 2, "each count begins anew"
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (lambda batch: (batch, batch), "needs one tensor of logits, but the network returns a tuple"),
+        (nn.ModuleDict({"coarse": nn.Identity(), "fine": nn.Identity()}), "the bundle has several"),
+    ],
+)
+def test_what_cannot_be_planned(network, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_plan(SubVolumes(16), 1, IMAGE, (40, 24, 24), network)
+
+
+# Through the segmenter
+
+
+def test_a_plan_changes_nothing(models):
+    volume = (tiny.ct(), tiny.LPS)
+    expected = models.own.predict(volume).segmentation.array
+    scan = models.own.read(volume)
+    before, state = scan.volume.array.copy(), [p.clone() for p in models.own.network.parameters()]
+    first, second = models.own.plan(scan), models.own.plan(scan)
+    assert first.strategy is second.strategy is models.own.inferer
+    assert (first.windows, first.order, first.steps) == (second.windows, second.order, ()) and first.windows > 1
+    np.testing.assert_array_equal(scan.volume.array, before)
+    assert all(torch.equal(a, b) for a, b in zip(state, models.own.network.parameters(), strict=True))
+    np.testing.assert_array_equal(models.own.segment(scan).segmentation.array, expected)
+
+
+def test_what_a_limit_takes_is_told_and_the_labels_hardly_change(models, monkeypatch):
+    scan = models.zoo.read((tiny.ct(), tiny.LPS))
+    expected = models.zoo.segment(scan)
+    monkeypatch.setattr(planning, "current_memory", lambda: HELD)
+    monkeypatch.setattr(planning, "measure_window", lambda *_: WindowCost(1.0, 0.0, 0, 0, channels=3))
+    monkeypatch.setattr(models.zoo, "max_ram", models.zoo.plan(scan).ram - 1)
+    assert models.zoo.plan(scan).steps == STEPS[:2]
+    result = models.zoo.segment(scan)
+    told = [f"to stay within the memory that is allowed: {step}" for step in STEPS[:2]]
+    assert [w for w in result.warnings if w not in expected.warnings] == told
+    assert np.mean(result.segmentation.array == expected.segmentation.array) > 0.98
+
+
+def test_a_bundle_that_is_carried_out_as_it_stands_cannot_be_planned(models, monkeypatch):
+    monkeypatch.setattr(models.own, "postprocessing", lambda data: data)
+    with pytest.raises(ValueError, match=r"own_ct_unet .* is carried out as it stands, and cannot be planned"):
+        models.own.plan(models.own.read((tiny.ct(), tiny.LPS)))
+
+
+def test_the_arguments_of_a_plan_come_from_the_scan(models):
+    """``make_plan`` gets the shape of the scan, not that of the network's grid."""
+    seen = SimpleNamespace(shape=None)
+    scan = models.own.read((tiny.ct(), tiny.LPS))
+
+    def record(strategy, order, image, target, *rest):
+        seen.shape = tuple(target)
+        return Plan(strategy, order, 1, 1.0, 1, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medseg3d.segmenter.make_plan", record)
+        models.own.plan(scan)
+    assert seen.shape == tiny.SHAPE and isinstance(scan.volume, ms.Volume)

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,12 @@ def predict(args: argparse.Namespace) -> int:
         for case in inputs.cases:
             _print_plans(case, segmenter.read(case.path, args.allow_non_hu), models)
         return DONE
-    outcomes = []
+    outcomes, records = [], []
     with stopwatch.stage("cases"):
         for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
             status.clear()
-            outcomes.append(outcome)
+            outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
+            records.append(outcome.record())
             if outcome.error is not None:
                 place = str(outcome.case.path)
                 _say("error: " + (outcome.error if place in outcome.error else f"{place}: {outcome.error}"))
@@ -87,7 +89,7 @@ def predict(args: argparse.Namespace) -> int:
                 print(path)
     if args.report is not None:
         path = Path(args.report) if args.report else plan.report
-        print(_write_report(path, segmenter, outcomes, args, stopwatch.seconds))
+        print(_write_report(path, segmenter, records, args, stopwatch.seconds))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed and len(outcomes) == 1:
         return OVER_MEMORY if failed[0].out_of_memory else ERROR
@@ -267,7 +269,7 @@ def _label_maps(path: str) -> list[Path]:
 
 
 def _write_report(
-    path: Path, segmenter: Any, outcomes: list[Any], args: argparse.Namespace, seconds: dict[str, float]
+    path: Path, segmenter: Any, records: list[dict[str, Any]], args: argparse.Namespace, seconds: dict[str, float]
 ) -> Path:
     import torch
 
@@ -276,7 +278,7 @@ def _write_report(
     cuda = segmenter.device.type == "cuda"
     report = run_report(
         model=segmenter.record,
-        cases=[outcome.record() for outcome in outcomes],
+        cases=records,
         device=segmenter.describe_device(),
         threads=torch.get_num_threads(),
         options={name: getattr(args, name) for name in _REPORTED} | {"precision": segmenter.precision},

@@ -25,6 +25,7 @@ from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.inference.strategy import plain
 from medseg3d.io import LabelTable, as_volume, write_label_map
+from medseg3d.io.labels import unnamed_labels
 from medseg3d.planning import Plan, make_plan
 from medseg3d.recipe import Recipe, as_strategy, find_recipe
 from medseg3d.report.preview import preview, write_preview
@@ -300,10 +301,10 @@ class Segmenter:
                 "its inference.json must end with Invertd, or another transform back to the input's grid"
             )
         labels = array[0] if array.dtype.kind in "iub" else np.rint(array[0])
-        unknown = set(np.unique(labels).astype(int).tolist()) - {0, *self.table.names}
+        unknown = unnamed_labels(labels, self.table.names)
         if unknown:
             raise ValueError(f"the model gave labels {sorted(unknown)} that its metadata.json does not name")
-        return labels.astype(np.uint8 if max(self.table.names, default=0) <= 255 else np.uint16)
+        return labels.astype(np.uint8 if max(self.table.names, default=0) <= 255 else np.uint16, copy=False)
 
 
 def _meta_tensor(volume: Volume) -> Any:

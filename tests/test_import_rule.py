@@ -28,7 +28,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-# Two files of one room: a Segmenter predicts many cases by the code in batch.py.
+# Files of one room: a Segmenter, or several of them, predict many cases by the code in batch.py.
 NEIGHBOURS = [{"segmenter", "several", "batch"}]
 # Where less is allowed than all that lies below.
 ONLY = {
@@ -85,7 +85,7 @@ def breaches(room, source, rooms):
         package = name.split(".")[0]
         if package == "medseg3d":
             target = room_of(name, rooms)
-            if target == room or {target, room} in NEIGHBOURS:
+            if target == room or any({target, room} <= rooms for rooms in NEIGHBOURS):
                 continue
             if floor_of(target) >= floor_of(room):
                 yield f"{room} imports {name}, which does not lie below it"

@@ -26,7 +26,7 @@ from medseg3d.errors import in_words, is_out_of_memory
 
 if TYPE_CHECKING:
     from medseg3d.io import Case
-    from medseg3d.segmenter import Scan, Segmenter
+    from medseg3d.segmenter import Segmenter
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
@@ -43,7 +43,11 @@ def predict(args: argparse.Namespace) -> int:
     from medseg3d.batch import OutputPlan
     from medseg3d.io import find_inputs
 
-    plan = OutputPlan(Path(args.output).expanduser(), OUTPUT_TYPES[args.output_type], args.statistics, args.preview)
+    if args.output is None and not args.plan:
+        raise UsageError("say with -o where the segmentation goes")
+    plan = OutputPlan(
+        Path(args.output or ".").expanduser(), OUTPUT_TYPES[args.output_type], args.statistics, args.preview
+    )
     try:
         inputs = find_inputs(args.input)
         if not args.plan:
@@ -68,9 +72,7 @@ def predict(args: argparse.Namespace) -> int:
     for note in segmenter.notes:
         _say(f"note: {note}")
     if args.plan:
-        for case in inputs.cases:
-            _print_plans(case, segmenter.read(case.path, args.allow_non_hu), models)
-        return DONE
+        return _print_plans(inputs.cases, segmenter, models, args.allow_non_hu)
     outcomes, records = [], []
     with stopwatch.stage("cases"):
         for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
@@ -220,9 +222,19 @@ def _load(bundle: BundleInfo, trust: bool, args: argparse.Namespace) -> Segmente
     return load_model(bundle.path, trust=trust, **{name: getattr(args, name) for name in names})
 
 
-def _print_plans(case: Case, scan: Scan, models: Sequence[Segmenter]) -> None:
-    for model in models:
-        print(f"{case.name}, {model.name}\n{textwrap.indent(str(model.plan(scan)), '  ')}")
+def _print_plans(cases: Sequence[Case], segmenter: Any, models: Sequence[Segmenter], allow_non_hu: bool) -> int:
+    """Print what each case will take with each model; the exit code is that of the worst case."""
+    code = DONE
+    for case in cases:
+        try:
+            scan = segmenter.read(case.path, allow_non_hu)
+            for model in models:
+                print(f"{case.name}, {model.name}\n{textwrap.indent(str(model.plan(scan)), '  ')}")
+        except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
+            _say(f"error: {case.path}: {in_words(error)}")
+            failed = OVER_MEMORY if is_out_of_memory(error) else ERROR
+            code = failed if len(cases) == 1 else SOME_FAILED
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

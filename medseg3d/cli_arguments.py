@@ -48,7 +48,7 @@ def _add_predict(verbs: Any) -> None:
         help="NIfTI, NRRD or MHA file, DICOM folder or zip, folder of these, or pattern; several are taken",
     )  # fmt: skip
     verb.add_argument(
-        "-o", "--output", required=True, metavar="PATH",
+        "-o", "--output", metavar="PATH",
         help="file (.nii.gz, .nii, .nrrd, .mha) for one scan, else a folder; files there are named <scan>_seg",
     )  # fmt: skip
     verb.add_argument(

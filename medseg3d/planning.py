@@ -197,8 +197,9 @@ def _refusal(plan: Plan, max_ram: int | None, max_vram: int | None) -> str:
 
 @dataclass
 class Peak:
-    """Bytes beyond what was held at first."""
+    """Bytes that were held at first, and those beyond."""
 
+    held: int = 0
     ram: int = 0
     vram: int = 0
 
@@ -206,13 +207,13 @@ class Peak:
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """What the block takes at its peak beyond what the process, and the device, held when it began."""
-    peak, before = Peak(), current_memory()
+    peak = Peak(current_memory())
     count_peak_anew()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
     yield peak
-    peak.ram = max(0, int((recent_peak_mb() or 0) * 2**20) - before)
+    peak.ram = max(0, int((recent_peak_mb() or 0) * 2**20) - peak.held)
     if device.type == "cuda":
         peak.vram = torch.cuda.max_memory_allocated(device) - held
 

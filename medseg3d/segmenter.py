@@ -17,7 +17,7 @@ import torch
 
 from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.geometry import Geometry
-from medseg3d.inference import Downsampled
+from medseg3d.inference import CoarseToFine, Downsampled, Slices
 from medseg3d.inference.augmentation import side_pairs
 from medseg3d.inference.device import device_name
 from medseg3d.inference.grid_map import edge_to_edge, through
@@ -26,7 +26,7 @@ from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.inference.strategy import plain
 from medseg3d.io import LabelTable, as_volume, write_label_map
 from medseg3d.io.labels import unnamed_labels
-from medseg3d.planning import Plan, make_plan
+from medseg3d.planning import Plan, make_plan, peak_memory
 from medseg3d.recipe import Recipe, as_strategy, find_recipe
 from medseg3d.report.preview import preview, write_preview
 from medseg3d.report.run import Stopwatch
@@ -204,22 +204,24 @@ class Segmenter:
             ValueError: the bundle does more than the usual at its end, so that it is carried out as it stands.
             OverMemoryLimit: the scan does not fit into ``max_ram`` and ``max_vram``.
         """
-        image = self.preprocessing({"image": _meta_tensor(scan.volume)})["image"]
         recipe = find_recipe(self.inferer, self.postprocessing)
         if recipe is None:
             raise ValueError(
                 f"what {self.name} does after its network is carried out as it stands, and cannot be planned"
             )
-        return self._plan(recipe, image, scan.volume)
+        with peak_memory(torch.device("cpu")) as before:
+            image = self.preprocessing({"image": _meta_tensor(scan.volume)})["image"]
+        plan = self._plan(recipe, image, scan.volume, [])
+        return replace(plan, ram=max(plan.ram, before.held + before.ram))
 
-    def _plan(self, recipe: Recipe, image: torch.Tensor, volume: Volume) -> Plan:
+    def _plan(self, recipe: Recipe, image: torch.Tensor, volume: Volume, warnings: list[str]) -> Plan:
         image_BCDHW = plain(image)[None].to(self.device)
 
         def plan(network: Callable) -> Plan:
             limits = self.max_ram, self.max_vram
             return make_plan(recipe.strategy, recipe.order, image_BCDHW, volume.shape, network, *limits)
 
-        return self.runner(plan, partial(recipe.strategy.example, image_BCDHW), [])
+        return self.runner(plan, partial(recipe.strategy.example, image_BCDHW), warnings)
 
     def predict_many(
         self, inputs: Sequence[str | Path] | str | Path, output_dir: str | Path, resume: bool = False, **options: Any
@@ -249,20 +251,25 @@ class Segmenter:
         """
         image = data["image"]
         recipe = find_recipe(self.inferer, self.postprocessing)
-        if recipe is not None and (self.max_ram, self.max_vram) != (None, None):
-            with stopwatch.stage("plan"):
-                plan = self._plan(recipe, image, volume)
-            recipe = replace(recipe, strategy=plan.strategy, order=plan.order)
-            warnings += [f"to stay within the memory that is allowed: {step}" for step in plan.steps]
+        limited = (self.max_ram, self.max_vram) != (None, None)
         maps = None
         if recipe is not None:
+            if limited:
+                with stopwatch.stage("plan"):
+                    plan = self._plan(recipe, image, volume, warnings)
+                recipe = replace(recipe, strategy=plan.strategy, order=plan.order)
+                warnings += [f"to stay within the memory that is allowed: {step}" for step in plan.steps]
             with suppress(ValueError):  # grids oblique to each other: the bundle's own way back is taken
                 maps = recipe.maps(image, volume.geometry)
+        if limited and maps is None:
+            warnings.append("the limit of memory is not kept: what the bundle does is carried out as it stands")
         with stopwatch.stage("network"):
             image_BCDHW = plain(image)[None].to(self.device)
         strategy = as_strategy(self.inferer)
         example = None if strategy is None else partial(strategy.example, image_BCDHW)
         sides = _laterality_axis(image)
+        if self.runner.mirror and isinstance(strategy, Slices | CoarseToFine):
+            raise ValueError("mirror images are of sub-volumes and whole volumes, not of slices: leave mirror out")
         if recipe is None or maps is None:
             with stopwatch.stage("network"):
                 whole = self.runner(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,6 +249,7 @@ def test_what_a_limit_takes_is_told_and_the_labels_hardly_change(models, monkeyp
     expected = models.zoo.segment(scan)
     monkeypatch.setattr(planning, "current_memory", lambda: HELD)
     monkeypatch.setattr(planning, "measure_window", lambda *_: WindowCost(1.0, 0.0, 0, 0, channels=3))
+    monkeypatch.setattr("medseg3d.segmenter.peak_memory", lambda device: nullcontext(planning.Peak()))
     monkeypatch.setattr(models.zoo, "max_ram", models.zoo.plan(scan).ram - 1)
     assert models.zoo.plan(scan).steps == STEPS[:2]
     result = models.zoo.segment(scan)

@@ -65,7 +65,7 @@ class Runner:
             warnings: what the user should know is added.
             laterality_axis: the spatial axis that runs from one side of the patient to the other.
         """
-        self._choose(example, warnings)
+        self.choose(example, warnings)
         failure = ""
         if self.compiles:
             if self._compiled is None:
@@ -80,7 +80,7 @@ class Runner:
             warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
         return result
 
-    def _choose(self, example: Callable[[], torch.Tensor] | None, warnings: list[str]) -> None:
+    def choose(self, example: Callable[[], torch.Tensor] | None, warnings: list[str]) -> None:
         """The precision, decided once; float32 where there is no window to try another on, or several networks."""
         if self.precision is not None or self.wanted == "fp32":
             return

@@ -17,7 +17,7 @@ import torch
 
 from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.geometry import Geometry
-from medseg3d.inference import CoarseToFine, Downsampled, Slices
+from medseg3d.inference import CoarseToFine, Downsampled, Slices, SubVolumes
 from medseg3d.inference.augmentation import side_pairs
 from medseg3d.inference.device import device_name
 from medseg3d.inference.grid_map import edge_to_edge, through
@@ -204,7 +204,7 @@ class Segmenter:
             ValueError: the bundle does more than the usual at its end, so that it is carried out as it stands.
             OverMemoryLimit: the scan does not fit into ``max_ram`` and ``max_vram``.
         """
-        recipe = find_recipe(self.inferer, self.postprocessing)
+        recipe = self._recipe()
         if recipe is None:
             raise ValueError(
                 f"what {self.name} does after its network is carried out as it stands, and cannot be planned"
@@ -213,6 +213,14 @@ class Segmenter:
             image = self.preprocessing({"image": _meta_tensor(scan.volume)})["image"]
         plan = self._plan(recipe, image, scan.volume, [])
         return replace(plan, ram=max(plan.ram, before.held + before.ram))
+
+    def _recipe(self) -> Recipe | None:
+        recipe = find_recipe(self.inferer, self.postprocessing)
+        strategy = None if recipe is None else recipe.strategy
+        if self.device.type == "cpu" and isinstance(strategy, SubVolumes) and strategy.batch_size > 1:
+            # Several windows at once take more memory there and hardly less time.
+            return replace(recipe, strategy=strategy.changed(batch_size=1))
+        return recipe
 
     def _plan(self, recipe: Recipe, image: torch.Tensor, volume: Volume, warnings: list[str]) -> Plan:
         image_BCDHW = plain(image)[None].to(self.device)
@@ -250,7 +258,7 @@ class Segmenter:
         what the inferer returns.
         """
         image = data["image"]
-        recipe = find_recipe(self.inferer, self.postprocessing)
+        recipe = self._recipe()
         limited = (self.max_ram, self.max_vram) != (None, None)
         maps = None
         if recipe is not None:
@@ -270,6 +278,9 @@ class Segmenter:
         sides = _laterality_axis(image)
         if self.runner.mirror and isinstance(strategy, Slices | CoarseToFine):
             raise ValueError("mirror images are of sub-volumes and whole volumes, not of slices: leave mirror out")
+        if self.runner.wanted != "fp32":
+            with stopwatch.stage("precision"):
+                self.runner.choose(example, warnings)
         if recipe is None or maps is None:
             with stopwatch.stage("network"):
                 whole = self.runner(

@@ -251,9 +251,9 @@ def test_what_a_limit_takes_is_told_and_the_labels_hardly_change(models, monkeyp
     monkeypatch.setattr(planning, "measure_window", lambda *_: WindowCost(1.0, 0.0, 0, 0, channels=3))
     monkeypatch.setattr("medseg3d.segmenter.peak_memory", lambda device: nullcontext(planning.Peak()))
     monkeypatch.setattr(models.zoo, "max_ram", models.zoo.plan(scan).ram - 1)
-    assert models.zoo.plan(scan).steps == STEPS[:2]
+    assert models.zoo.plan(scan).steps == STEPS[1:2]  # on a CPU it is one window at a time anyway
     result = models.zoo.segment(scan)
-    told = [f"to stay within the memory that is allowed: {step}" for step in STEPS[:2]]
+    told = [f"to stay within the memory that is allowed: {step}" for step in STEPS[1:2]]
     assert [w for w in result.warnings if w not in expected.warnings] == told
     assert np.mean(result.segmentation.array == expected.segmentation.array) > 0.98
 

@@ -145,7 +145,7 @@ def test_result(models, ct_file, tmp_path):
 def test_the_shipped_model_segments_on_the_input_grid(shipped_model, ct_file):
     stages = []
     result = shipped_model.predict(ct_file, progress=stages.append)
-    assert stages == ["read", "preprocess", "network", "labels", "postprocess"]
+    assert stages == ["read", "preprocess", "network", "precision", "labels", "postprocess"]
     assert result.labels == {
         1: "brainstem",
         2: "spinal_cord",

@@ -13,13 +13,15 @@ from torch import nn
 
 from medseg3d.inference.slabs import Head
 
+ENOUGH = 64  # voxels of a window along each axis, to see what a head does
+
 
 def split_head(network: Callable, window: torch.Tensor) -> tuple[nn.Module, Head] | None:
     """The network without its head, and the head; None if it has none that takes fewer channels than it gives.
 
     Nothing is changed: the network without its head is another, with the same parameters. Both are tried on ``window``
-    (1, C, *spatial), best one with much in it, and on noise; unless the head makes what the network gives, nothing is
-    taken off it.
+    (1, C, *spatial), or its middle, best one with much in it, and on noise; unless the head makes what the network
+    gives, nothing is taken off it.
     """
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule) or network.training:
         return None
@@ -29,12 +31,22 @@ def split_head(network: Callable, window: torch.Tensor) -> tuple[nn.Module, Head
     if layer is None or layer.in_channels >= layer.out_channels:
         return None
     head = Head(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
-    try:
-        body = _without(network, name, layer)
-        agrees = all(_agree(head, body(probe), network(probe)) for probe in (window, _noise_like(window)))
-    except Exception:  # whatever a network does that cannot be copied, or counts on its number of classes
-        return None
-    return (body, head) if agrees else None
+    for probe in (_middle(window), window):
+        try:
+            body = _without(network, name, layer)
+            agrees = all(_agree(head, body(part), network(part)) for part in (probe, _noise_like(probe)))
+        except Exception:  # it cannot be copied, counts on its number of classes, or takes windows of one size only
+            continue
+        return (body, head) if agrees else None
+    return None
+
+
+def _middle(window: torch.Tensor) -> torch.Tensor:
+    """The middle of a window, where that is enough and costs less."""
+    for axis in range(2, window.dim()):
+        size = min(window.shape[axis], ENOUGH)
+        window = window.narrow(axis, (window.shape[axis] - size) // 2, size)
+    return window
 
 
 def _without(network: nn.Module, name: str, layer: nn.Conv2d | nn.Conv3d) -> nn.Module:

@@ -21,7 +21,7 @@ from medseg3d.inference.stitching import RollingSlab, Stitcher
 from medseg3d.inference.strategy import Strategy, like, plain
 from medseg3d.inference.windows import BLENDS, PLACEMENTS, Window, importance_map, windows
 
-# To take the head off a network costs four windows.
+# To take the head off a network costs one window to four.
 SPLIT_FROM_WINDOWS = 8
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 

@@ -67,13 +67,15 @@ def runs_of(classes: int, size: tuple[int, ...]) -> dict[str, Callable[[], torch
     network = Canned(classes).eval()
     with torch.inference_mode():
         logits = network(torch.zeros(1, 1, *ROI))
-    return {
+    runs: dict[str, Callable[[], torch.Tensor]] = {
         "MONAI": partial(monai, size, logits),
         "medseg3d, logits": partial(ours, size, lambda window: logits),
         "medseg3d, logits, bf16 sums": partial(ours, size, lambda window: logits, torch.bfloat16),
-        "medseg3d, features": partial(ours, size, network),
-        "medseg3d, features, bf16 sums": partial(ours, size, network, torch.bfloat16),
     }
+    if classes > FEATURES:
+        runs["medseg3d, features"] = partial(ours, size, network)
+        runs["medseg3d, features, bf16 sums"] = partial(ours, size, network, torch.bfloat16)
+    return runs
 
 
 def memory_of(classes: int, size: tuple[int, ...], name: str, threads: int) -> measuring.Memory:

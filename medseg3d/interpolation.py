@@ -70,31 +70,43 @@ def nearest_voxels(n_in: int, n_out: int) -> np.ndarray:
     return (2 * np.arange(n_out) + 1) * n_in // (2 * n_out)
 
 
-def _interpolate_volume(volume: np.ndarray, shape: tuple[int, int, int], order: int) -> np.ndarray:
+def _interpolate_volume(volume: np.ndarray, shape: tuple[int, int, int], order: int, slabs: int = 2) -> np.ndarray:
+    """One pass along the axis of the memory's slowest step, and one that takes both others a few slabs at a time."""
     layout = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))  # the memory's own order of axes
-    growth = np.divide(shape, volume.shape)
     result = volume.transpose(layout)
-    for axis in sorted(layout, key=lambda axis: growth[axis]):  # the one that shrinks most leaves least for the others
-        if growth[axis] != 1:
-            weights = axis_weights(volume.shape[axis], shape[axis], order)
-            result = _apply_weights(result, weights, layout.index(axis))
+    sizes = [(volume.shape[axis], shape[axis]) for axis in layout]
+    growth = [new / old for old, new in sizes]
+    bands = {axis: _bands(axis_weights(*sizes[axis], order)) for axis in range(3) if growth[axis] != 1}
+    within = sorted(bands.keys() - {0}, key=lambda axis: growth[axis])  # what shrinks most leaves least for the others
+    passes = sorted([0, 1], key=lambda n: (growth[0], growth[1] * growth[2])[n])
+    for n in passes:
+        if n == 0 and 0 in bands:
+            result = _apply(result, bands[0], 0, slabs)
+        elif n == 1 and within:
+            source, result = result, np.empty((len(result), sizes[1][1], sizes[2][1]), np.float32)
+            for slab in range(0, len(source), slabs):  # what lies between two axes stays in the cache
+                block = source[slab : slab + slabs]
+                for axis in within:
+                    block = _apply(block, bands[axis], axis, slabs)
+                result[slab : slab + slabs] = block
     return result.transpose(np.argsort(layout))
 
 
-def _apply_weights(volume: np.ndarray, weights: np.ndarray, axis: int, rows: int = 16, slabs: int = 2) -> np.ndarray:
-    """`weights` (n_out, n_in) along one axis of a 3D array of any dtype: float32, with n_out voxels on that axis.
-
-    The weights are banded, so `rows` output voxels at a time need only a span of the input. It is cast and multiplied
-    a few slabs at a time, which stay in the cache: the whole volume never exists in float32.
-    """
+def _bands(weights: np.ndarray, rows: int = 16) -> list[tuple[slice, slice, np.ndarray]]:
+    """`rows` new voxels at a time: which they are, the span of old ones that they need, and the weights between."""
     bands = []
     for row in range(0, len(weights), rows):
         band = weights[row : row + rows]
         used = np.flatnonzero(band.any(axis=0))
         span = slice(used[0], used[-1] + 1)
         bands.append((slice(row, row + rows), span, band[:, span].astype(np.float32)))
+    return bands
+
+
+def _apply(volume: np.ndarray, bands: list[tuple[slice, slice, np.ndarray]], axis: int, slabs: int) -> np.ndarray:
+    """Weights along one axis of a 3D array of any dtype: float32. The whole volume never exists in that type."""
     shape = list(volume.shape)
-    shape[axis] = len(weights)
+    shape[axis] = bands[-1][0].start + len(bands[-1][2])
     result = np.empty(shape, np.float32)
     last = axis == 2  # the weights multiply from the right, so that voxels stay where they lie in memory
     source, target = (array if last else np.moveaxis(array, axis, 1) for array in (volume, result))

@@ -61,7 +61,8 @@ class Runner:
 
         Args:
             infer: called with the network.
-            example: gives a window for the choice of precision; None if no window is known, which leaves float32.
+            example: gives a window for the choice of precision; None if no window is known, or the choice is not worth
+                its time yet: float32 then.
             warnings: what the user should know is added.
             laterality_axis: the spatial axis that runs from one side of the patient to the other.
         """
@@ -82,7 +83,7 @@ class Runner:
 
     def choose(self, example: Callable[[], torch.Tensor] | None, warnings: list[str]) -> None:
         """The precision, decided once; float32 where there is no window to try another on, or several networks."""
-        if self.precision is not None or self.wanted == "fp32":
+        if self.precision is not None or self.wanted == "fp32" or (example is None and self.wanted == "auto"):
             return
         if example is None or isinstance(self.network, torch.nn.ModuleDict | torch.nn.ModuleList):
             lacking = "the windows of this inferer are not known" if example is None else "there are several networks"

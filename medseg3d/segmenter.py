@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from medseg3d.batch import CaseResult
 
 
+# To choose a precision takes the time of two or three windows.
+WORTH_A_CHOICE = 6
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """What a model made of one scan.
@@ -216,8 +220,10 @@ class Segmenter:
 
     def _recipe(self) -> Recipe | None:
         recipe = find_recipe(self.inferer, self.postprocessing)
-        strategy = None if recipe is None else recipe.strategy
-        if self.device.type == "cpu" and isinstance(strategy, SubVolumes) and strategy.batch_size > 1:
+        if recipe is None or self.device.type != "cpu":
+            return recipe
+        strategy = recipe.strategy
+        if isinstance(strategy, SubVolumes) and strategy.batch_size > 1:
             # Several windows at once take more memory there and hardly less time.
             return replace(recipe, strategy=strategy.changed(batch_size=1))
         return recipe
@@ -241,9 +247,10 @@ class Segmenter:
 
     @property
     def precision(self) -> str:
-        """In which precision the network runs, and why; what was asked for until a scan has been there to try it on."""
+        """In which precision the network runs, and why it was chosen."""
         chosen = self.runner.precision
-        return self.runner.wanted if chosen is None else chosen.reason
+        wanted = self.runner.wanted
+        return chosen.reason if chosen is not None else "float32" if wanted in ("auto", "fp32") else wanted
 
     def describe_device(self) -> str:
         """Where the network runs, for reports."""
@@ -274,7 +281,10 @@ class Segmenter:
         with stopwatch.stage("network"):
             image_BCDHW = plain(image)[None].to(self.device)
         strategy = as_strategy(self.inferer)
-        example = None if strategy is None else partial(strategy.example, image_BCDHW)
+        example = None
+        if strategy is not None:
+            few = self.runner.wanted == "auto" and strategy.count(image_BCDHW.shape[2:]) < WORTH_A_CHOICE
+            example = None if few else partial(strategy.example, image_BCDHW)
         sides = _laterality_axis(image)
         if self.runner.mirror and isinstance(strategy, Slices | CoarseToFine):
             raise ValueError("mirror images are of sub-volumes and whole volumes, not of slices: leave mirror out")

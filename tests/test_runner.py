@@ -58,8 +58,10 @@ def test_float32_needs_no_decision(decisions):
     assert answer.dtype == torch.float32 and not decisions and runner.precision is None
 
 
-@pytest.mark.parametrize(("wanted", "told"), [("auto", False), ("bf16", True)])
-@pytest.mark.parametrize("lacking", ["windows", "one network"])
+@pytest.mark.parametrize(
+    ("wanted", "told", "lacking"),
+    [("auto", False, "one network"), ("bf16", True, "one network"), ("bf16", True, "windows")],
+)
 def test_where_nothing_can_be_tried_it_is_float32_and_says_so(wanted, told, lacking, decisions):
     own, warnings = network(), []
     runner = Runner(own if lacking == "windows" else nn.ModuleList([own]), CPU, wanted)
@@ -70,6 +72,13 @@ def test_where_nothing_can_be_tried_it_is_float32_and_says_so(wanted, told, lack
     assert not decisions and runner.precision.dtype == torch.float32
     assert ("windows of this inferer" if lacking == "windows" else "several networks") in runner.precision.reason
     assert len(warnings) == told and all("bf16 was asked for" in warning for warning in warnings)
+
+
+def test_the_choice_waits_for_a_window(decisions):
+    runner = Runner(network(), CPU, "auto")
+    assert runner(lambda ready: ready, None, []) is runner.network and runner.precision is None
+    run(runner)
+    assert decisions and runner.precision is not None
 
 
 def test_an_impossible_precision_is_refused():

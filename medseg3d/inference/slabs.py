@@ -17,7 +17,7 @@ from math import prod
 import torch
 
 # Voxels whose logits exist at a time: they stay in the cache.
-BLOCK = 2**16
+BLOCK = 2**15
 
 
 @dataclass(frozen=True)

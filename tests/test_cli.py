@@ -230,7 +230,7 @@ def test_report(predict, ct_file, tmp_path):
         "mirror": False,
         "max_ram": None,
         "max_vram": None,
-        "precision": "fp32",
+        "precision": "float32",
     }
     assert set(report["seconds"]) == {"load model", "cases"}
     (case,) = report["cases"]

@@ -119,7 +119,7 @@ class GoldenModel:
         """
         x = x.clone().requires_grad_()
         y = network(x)
-        cotangent = torch.from_numpy(grid_input(self.seed, "cotangent", y.shape))
+        cotangent = torch.from_numpy(grid_input(self.seed, "cotangent", y.shape)).to(y.dtype)
         (y * cotangent).mean().backward()
         expected, ours = self.arrays["grad_input"], self.strided("y", x.grad.numpy())
         outside = abs(ours - expected) > self.case["grad_atol_over_max"] * abs(expected).max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import zlib
@@ -12,6 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.parity.kinks import KINKS, Sides
+
+# With one input channel an instance norm divides this 1x1x1 convolution's weights out again, but for its epsilon.
+DIVIDED_OUT = "encoder1.layer.conv3.conv.weight"
 PRELU = ("act_function.weight", "act_function1.weight", "act_function2.weight", "adn.A.weight")
 
 
@@ -64,6 +69,7 @@ class GoldenModel:
     """One whole network: its arguments, its keys and what it gave."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
         self.case = json.loads((folder / "manifest.json").read_text())[name]
         self.keys = json.loads((folder / f"{name}.keys.json").read_text())
         self.arrays = np.load(folder / f"{name}.npz")
@@ -109,33 +115,29 @@ class GoldenModel:
         step = slice(None, None, self.case["outputs"][name]["stored_stride"])
         return array[(slice(None), slice(None), *[step] * (array.ndim - 2))]
 
-    def check_gradients(self, network: nn.Module, x: torch.Tensor, share: float = 1.0) -> None:
-        """Gradients of the mean of output times cotangent, to the input and to every parameter.
+    def check_gradients_in_both_precisions(self, network: nn.Module, x: torch.Tensor) -> None:
+        exact = copy.deepcopy(network).double()
+        sides = Sides(exact, x.double(), KINKS.get(self.name, ()))
+        self.check_gradients(exact, x.double(), sides)
+        self.check_gradients(network, x, sides)
 
-        The gradient of a leaky ReLU jumps where rounding decides on which side of zero a value lies, and hardly
-        anything depends on a weight of one input channel before an instance norm: there the stored float32 values
-        differ from the float64 ones, and from MONAI's own on another processor, by more than the tolerance. ``share``
-        of the values hold it; all of them together agree, and none is far off.
-        """
+    def check_gradients(self, network: nn.Module, x: torch.Tensor, sides: Sides) -> None:
+        """Gradients of the mean of output times cotangent, to the input and to every parameter, on those ``sides``."""
         x = x.clone().requires_grad_()
-        y = network(x)
+        with sides.forced():
+            y = network(x)
         cotangent = torch.from_numpy(grid_input(self.seed, "cotangent", y.shape)).to(y.dtype)
         (y * cotangent).mean().backward()
-        expected, ours = self.arrays["grad_input"], self.strided("y", x.grad.numpy())
-        outside = abs(ours - expected) > self.case["grad_atol_over_max"] * abs(expected).max()
-        assert outside.mean() <= 1 - share
-        assert np.linalg.norm(ours - expected) <= 2e-3 * np.linalg.norm(expected)
+        expected, relative = self.arrays["grad_input"], self.case["grad_atol_over_max"]
+        ours = self.strided("y", x.grad.double().numpy())
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=relative * abs(expected).max())
         # Parameters that nothing uses are kept for their keys and have no gradient.
         gradients = {name: p.grad.double() for name, p in network.named_parameters() if p.requires_grad}
         assert gradients.keys() == self.param_grads.keys()
-        distance = {}
-        for name, (norm, total) in self.param_grads.items():
-            tolerance = self.case["grad_atol_over_max"] * max(norm, abs(total))
-            distance[name, "norm"] = abs(float(gradients[name].norm()) - norm) / tolerance
-            # A sum of n errors is at most sqrt(n) times their norm.
-            distance[name, "sum"] = (
-                abs(float(gradients[name].sum()) - total) / tolerance / gradients[name].numel() ** 0.5
-            )
-        outside = [name for name, value in distance.items() if value > 1]
-        assert len(outside) <= (1 - share) * len(distance), outside
-        assert max(distance.values()) <= (1 if share == 1 else 50), max(distance, key=distance.get)
+        for name, reference in self.param_grads.items():
+            scale = max(map(abs, reference))
+            if name == DIVIDED_OUT:  # what is left of a sum that cancels: it is measured by the block's gradients
+                scale = max(map(abs, self.param_grads["encoder1.layer.conv2.conv.weight"]))
+            gradient = gradients[name]
+            found = [float(gradient.norm()), float(gradient.sum())]
+            np.testing.assert_allclose(found, reference, rtol=0, atol=relative * scale, err_msg=name)

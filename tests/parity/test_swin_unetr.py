@@ -49,7 +49,7 @@ def test_same_weights_give_the_same_output_and_gradients(name, shared):
         golden.check_output("y", network(x))
     golden.check_output("y", network(x))  # what training computes takes another path
     if golden.param_grads:
-        golden.check_gradients(network, x, share=0.9)
+        golden.check_gradients_in_both_precisions(network, x)
 
 
 def test_the_encoder_gives_the_same_maps(shared):

@@ -27,10 +27,7 @@ def test_same_weights_give_the_same_output_and_gradients(name, shared):
     with torch.no_grad():
         golden.check_output("y", network(x))
     if golden.param_grads:
-        # In float32 one PReLU's input, 1e-8 in float64, falls on the other side of zero here.
-        golden.check_gradients(network, x, share=0.9)
-        network.zero_grad()
-        golden.check_gradients(network.double(), x.double())
+        golden.check_gradients_in_both_precisions(network, x)
 
 
 def test_keys_shapes_and_types_of_the_usual_network(shared):

@@ -172,8 +172,12 @@ def transforms(slices: int, taps: int) -> tuple[torch.Tensor, torch.Tensor, torc
 def transform_weight(weight: torch.Tensor) -> list[torch.Tensor]:
     """(O, I, r, r, r) -> for each point a weight (O, I, r, r) of a convolution in the plane."""
     _, of_weights, _ = transforms(SLICES[weight.dtype, weight.shape[2]], weight.shape[2])
-    points = torch.einsum("pd,oidhw->poihw", of_weights, weight.double()).to(weight.dtype)
-    return [channels_last(point) for point in points]
+    outputs, inputs, *_, height, width = weight.shape
+    points = [channels_last(weight.new_empty(outputs, inputs, height, width)) for _ in of_weights]
+    for number, filters in enumerate(weight):  # one output at a time: float64 copies of all would be the peak of memory
+        for point, values in zip(points, torch.einsum("pd,idhw->pihw", of_weights, filters.double()), strict=True):
+            point[number] = values
+    return points
 
 
 def convolve_tiles(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

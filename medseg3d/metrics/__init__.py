@@ -1,7 +1,11 @@
-"""How good is a segmentation: overlap in voxels, distances in mm, per label. NumPy and SciPy only."""
+"""How good is a segmentation: pixels, objects, panoptic quality, distances in mm. NumPy and SciPy only."""
 
+from medseg3d.metrics.average_precision import CocoPrecision, CocoRules, VocPrecision
+from medseg3d.metrics.confusion import Confusion
 from medseg3d.metrics.evaluate import evaluate_case
+from medseg3d.metrics.instances import ObjectCounts, object_counts, pairwise_iou, seg_measure
 from medseg3d.metrics.overlap import Overlap, dice, iou, overlaps
+from medseg3d.metrics.panoptic import PanopticQuality, Quality, SegmentCounts
 from medseg3d.metrics.surface import (
     SurfaceDistances,
     average_surface_distance,
@@ -11,14 +15,25 @@ from medseg3d.metrics.surface import (
 )
 
 __all__ = [
+    "CocoPrecision",
+    "CocoRules",
+    "Confusion",
+    "ObjectCounts",
     "Overlap",
+    "PanopticQuality",
+    "Quality",
+    "SegmentCounts",
     "SurfaceDistances",
+    "VocPrecision",
     "average_surface_distance",
     "dice",
     "evaluate_case",
     "hausdorff",
     "iou",
+    "object_counts",
     "overlaps",
+    "pairwise_iou",
+    "seg_measure",
     "surface_dice",
     "surface_distances",
 ]

@@ -28,8 +28,11 @@ def label_boxes(label_map: np.ndarray, labels: Iterable[int]) -> dict[int, Box]:
     wanted = list(labels)
     if any(label < 1 for label in wanted):
         raise ValueError(f"labels to measure are 1 or more (0 is the background), got {sorted(wanted)}")
-    found = ndimage.find_objects(as_label_map(label_map), max_label=max(wanted, default=1))
-    return {label: found[label - 1] for label in wanted if found[label - 1] is not None}
+    array = as_label_map(label_map)
+    turned = array.flags.f_contiguous and not array.flags.c_contiguous  # as files are read; SciPy is slow across memory
+    found = ndimage.find_objects(array.T if turned else array, max_label=max(wanted, default=1))
+    boxes = {label: found[label - 1] for label in wanted if found[label - 1] is not None}
+    return {label: box[::-1] for label, box in boxes.items()} if turned else boxes
 
 
 def label_masks(

@@ -41,18 +41,19 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_plane(cut: Cut, size: Size, colors: Mapping[int, Color], window: tuple[float, float]) -> Image.Image:
-    """The picture (RGB) of a plane: `window` is (centre, width) in HU; labels without a colour are not drawn."""
+    """The picture (RGB) of a plane, grey or with red, green and blue along a third axis: `window` is (centre, width)
+    of what is shown, in HU for a CT; labels without a colour are not drawn."""
     width, height = size[0] * _FINER, size[1] * _FINER
     center, span = window
     # The window comes first: the cubic interpolation would overshoot at the step from air to skin.
-    grey = ((cut.image - (center - span / 2)) / span).clip(0, 1)
-    grey = _resized(grey, cut.edges, (width, height)).clip(0, 1)
+    channels = np.moveaxis(np.atleast_3d((cut.image - (center - span / 2)) / span).clip(0, 1), -1, 0)
+    image = np.stack([_resized(channel, cut.edges, (width, height)).clip(0, 1) for channel in channels], axis=-1)
     labels = smooth_labels(np.where(np.isin(cut.label_map, list(colors)), cut.label_map, 0), cut.edges, (width, height))
     palette = np.zeros((int(labels.max()) + 1, 3), np.float32)
     for label in np.unique(labels[labels > 0]).tolist():
         palette[label] = colors[label]
     opacity = np.where(outlines(labels), 1.0, np.where(labels > 0, _FILL, 0.0))[..., None].astype(np.float32)
-    rgb = grey[..., None] * 255 * (1 - opacity) + palette[labels] * opacity
+    rgb = image * 255 * (1 - opacity) + palette[labels] * opacity
     return Image.fromarray((rgb + 0.5).astype(np.uint8)).reduce(_FINER)
 
 

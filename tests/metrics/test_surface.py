@@ -129,3 +129,12 @@ def test_refusals():
         hausdorff(prediction, reference, SPACING, [1], percentile=0)
     with pytest.raises(ValueError, match="tolerance"):
         surface_dice(prediction, reference, SPACING, [1], tolerance_mm=-1)
+
+
+def test_images_of_two_axes():
+    prediction, reference = np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8)
+    prediction[4, 4] = reference[7, 8] = 1
+    assert hausdorff(prediction, reference, (2.0, 0.5), [1])[1] == pytest.approx(math.hypot(6, 2))
+    assert surface(np.ones((4, 5), bool)).sum() == 4 * 5 - 2 * 3
+    sheared = np.array([[1.0, 1], [0, 3]])
+    assert hausdorff(prediction, reference, sheared, [1])[1] == pytest.approx(math.hypot(3 + 4, 12))

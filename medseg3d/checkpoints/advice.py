@@ -39,10 +39,16 @@ def _kind_of_projection(names: list[str]) -> str | None:
 
 
 def _dimensions(alignment: Alignment, report: CheckpointReport) -> str | None:
-    if odd := _first(report, lambda mismatch: len(mismatch.file_shape) != len(mismatch.network_shape)):
+    if odd := _first(report, _of_other_axes):
         file, network = len(odd.file_shape) - 2, len(odd.network_shape) - 2
         return f"the file is of a {file}D network, this one is {network}D (spatial_dims)"
     return None
+
+
+def _of_other_axes(mismatch: Mismatch) -> bool:
+    """Not a matrix, which may be a convolution over all that there is."""
+    axes = {len(mismatch.file_shape), len(mismatch.network_shape)}
+    return len(axes) > 1 and min(axes) > 2
 
 
 def _width(alignment: Alignment, report: CheckpointReport) -> str | None:
@@ -103,8 +109,22 @@ def _head(alignment: Alignment, report: CheckpointReport) -> str | None:
     return f'the file is for another number of classes: to train a new head pass skip=("{part}",)'
 
 
+def _scores(alignment: Alignment, report: CheckpointReport) -> str | None:
+    scores = ("score_", "upscore")
+    if not report.mismatched or not all(mismatch.key.startswith(scores) for mismatch in report.mismatched):
+        return None
+    return f"the file is for another number of classes: to train new scores pass skip={scores}"
+
+
+def _detector(alignment: Alignment, report: CheckpointReport) -> str | None:
+    heads = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+    if not report.mismatched or not all(mismatch.key.startswith(heads) for mismatch in report.mismatched):
+        return None
+    return f"the file is for another number of classes: to train new ones pass skip={heads}"
+
+
 def _first(report: CheckpointReport, wanted: Callable[[Mismatch], bool]) -> Mismatch | None:
     return next(filter(wanted, report.mismatched), None)
 
 
-_ADVICE = (_projection, _width, _window, _positions, _version_2, _head)
+_ADVICE = (_projection, _width, _window, _positions, _version_2, _head, _scores, _detector)

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from medseg3d.checkpoints.conversions import FOLDED, POSITIONS, fold_biases, resize_positions
+from medseg3d.checkpoints.conversions import (
+    BIAS_TABLE,
+    FOLDED,
+    POSITIONS,
+    as_convolutions,
+    fold_biases,
+    resize_bias_table,
+    resize_positions,
+)
 from medseg3d.checkpoints.names import (
     ENCODERS,
+    HEADS,
     Layout,
     place,
     plain_names,
@@ -18,6 +27,7 @@ from medseg3d.checkpoints.names import (
     why_unused_in_network,
 )
 from medseg3d.checkpoints.report import CheckpointReport, Mismatch
+from medseg3d.checkpoints.translations import translate
 
 INDEX = "relative_position_index"
 
@@ -49,10 +59,13 @@ class Alignment:
 def align(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> Alignment:
     """Find the layout of a file, for the state of a network, and fold what the network keeps elsewhere."""
     file_keys, network_keys = plain_names(tensors), plain_names(state)
+    translated = translate(file_keys, network_keys)
+    file_keys = {translated.get(name, name): key for name, key in file_keys.items()}
     file = {name: tensors[key] for name, key in file_keys.items()}
     network = {name: state[key] for name, key in network_keys.items()}
     layout, placed = place(file, network)
     means, folded = fold_biases(file, placed)
+    file |= as_convolutions(file, network, placed)
     return Alignment(file | means, network, file_keys, network_keys, layout, placed, folded)
 
 
@@ -66,6 +79,11 @@ def resize_all_positions(alignment: Alignment, network: nn.Module, file_grid: Se
             alignment.file[name] = resize_positions(table, key, network, file_grid)
             if alignment.file[name] is not table:
                 notes.append(f"{key} was interpolated from {table.shape[1]} to {own.shape[1]} positions")
+        elif target.endswith(BIAS_TABLE) and table.shape != own.shape:
+            key = alignment.network_keys[target]
+            alignment.file[name] = resize_bias_table(table, key, network)
+            if alignment.file[name] is not table:
+                notes.append(f"{key} was interpolated from {table.shape[0]} to {own.shape[0]} offsets")
     return notes
 
 
@@ -83,6 +101,7 @@ def compare(
             raise ValueError(f"no key of {report.network} begins with {beginning!r}; its keys begin with {parts}")
     report.scope = scope if scope is not None else _encoder(alignment)
     outside = {t for t in alignment.network if report.scope and not _begins(alignment, t, [report.scope])}
+    skip = [*skip, *_new_heads(alignment, report)]
     skipped = {t for t in alignment.network if _begins(alignment, t, skip)} - outside
     report.skipped = [alignment.network_keys[target] for target in skipped]
     values: dict[str, torch.Tensor] = {}
@@ -117,6 +136,14 @@ def _encoder(alignment: Alignment) -> str:
     return ""
 
 
+def _new_heads(alignment: Alignment, report: CheckpointReport) -> list[str]:
+    """Heads of which the file, that of a classifier, has no layer at all."""
+    heads = [head for head in HEADS if any(target.startswith(head) for target in alignment.network)]
+    new = [head for head in heads if not any(name.startswith(head) for name in alignment.file)]
+    report.notes += [f"{head}* is not in the file, so it keeps its values: they are to be trained" for head in new]
+    return new
+
+
 def _compare_one(alignment: Alignment, report: CheckpointReport, target: str, values: dict[str, torch.Tensor]) -> None:
     name = alignment.placed[target]
     tensor, key = alignment.file[name], alignment.network_keys[target]
@@ -138,11 +165,12 @@ def _compare_index(alignment: Alignment, report: CheckpointReport, target: str) 
     """The network keeps its own index table, which follows from its window; the file's must say the same."""
     name = alignment.placed[target]
     stored, own = alignment.file[name], alignment.network[target]
-    if stored.shape == own.shape and (own.is_meta or stored.is_meta or torch.equal(stored, own.to(stored))):
+    as_long = stored.numel() == own.numel()  # some keep it in one row, others in as many as a window has tokens
+    if as_long and (own.is_meta or stored.is_meta or torch.equal(stored.flatten(), own.flatten().to(stored))):
         _match(alignment, report, target)
         return
     report.left_over[alignment.file_keys[name]] = "the network makes its own from the window size"
-    if stored.shape == own.shape:
+    if as_long:
         report.notes.append(
             f"{alignment.file_keys[name]} numbers the positions in a window otherwise than the network does: the "
             "weights may come from another implementation, look at its results before you trust them"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from medseg3d.layers.positions import interpolate_positions
 
 POSITIONS = "position_embeddings"
+BIAS_TABLE = "relative_position_bias_table"
 FOLDED = "MONAI 0.6 stored it; it is subtracted from the running mean of the batch norm behind it, which is the same"
 # V-Net of MONAI 0.6: bias of a convolution -> running mean of the batch norm that follows it.
 _BIAS_AND_MEAN = (
@@ -44,6 +47,23 @@ def fold_biases(
     return means, folded
 
 
+def as_convolutions(
+    file: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor], placed: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Weights of fully connected layers, (outputs, inputs), where the network has a convolution over all its inputs.
+
+    The inputs were channels, height and width of a map, in that order.
+    """
+    return {
+        name: file[name].reshape(network[target].shape)
+        for target, name in placed.items()
+        if file[name].dim() == 2
+        and network[target].dim() > 2
+        and len(file[name]) == len(network[target])
+        and file[name].numel() == network[target].numel()
+    }
+
+
 def resize_positions(
     table_1NE: torch.Tensor, key: str, network: nn.Module, file_grid: Sequence[int] | None
 ) -> torch.Tensor:
@@ -67,6 +87,27 @@ def resize_positions(
     new_grid = new_grid or _regular_grid(own.shape[1], axes, f"the network's {key}")
     old_grid = file_grid or _regular_grid(table_1NE.shape[1], axes, f"the file's {key}")
     return interpolate_positions(table_1NE, old_grid, new_grid)
+
+
+def resize_bias_table(table_RH: torch.Tensor, key: str, network: nn.Module) -> torch.Tensor:
+    """A table of relative positions in square windows for the network's own 2D window, as Swin's authors resize it.
+
+    Args:
+        table_RH: (offsets within a window, heads).
+        key: the network's key of its own table.
+        network: the network.
+
+    Returns:
+        The table in the network's size, by bicubic interpolation; as it is if either is not of a 2D window.
+    """
+    window = getattr(network.get_submodule(key.rpartition(".")[0]), "window_size", ())
+    edge = math.isqrt(table_RH.shape[0])
+    if len(window) != 2 or table_RH.dim() != 2 or edge**2 != table_RH.shape[0]:
+        return table_RH
+    table_1HRR = table_RH.float().T.reshape(1, -1, edge, edge)
+    size = [2 * tokens - 1 for tokens in window]
+    resized = F.interpolate(table_1HRR, size=size, mode="bicubic", align_corners=False)
+    return resized.flatten(2)[0].T.to(table_RH.dtype)
 
 
 def _conv_axes(embedding: nn.Module) -> Sequence[int]:

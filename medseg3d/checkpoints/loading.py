@@ -50,7 +50,8 @@ def load_checkpoint(
             "mergingv2" if the network was built with it, and "legacy" otherwise.
         monai_version: the MONAI release that trained the weights, such as "1.3.2" (a bundle's metadata may name a
             later one).
-        interpolate_positions: resize position tables of another length, for further training.
+        interpolate_positions: resize position tables of another length, and in 2D those of Swin's windows, for further
+            training.
         position_grid: tokens along each axis in the file's position table, if not a cube (in 2D a square).
 
     Returns:

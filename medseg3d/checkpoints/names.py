@@ -18,7 +18,7 @@ SPELLINGS = (
     (re.compile(r"\.mlp\.fc([12])\."), r".mlp.linear\1."),  # model_swinvit.pt
     (re.compile(r"^(encoder\.layers\d+\.\d+)\.0\."), r"\1."),  # disruptive autoencoders: one list more in each stage
 )
-ENCODERS = ("swinViT.", "vit.")  # where the networks here keep the encoders that are trained alone
+ENCODERS = ("swinViT.", "vit.", "backbone.body.", "backbone.")  # where the networks here keep the encoders that are trained alone
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,11 @@ LAYOUTS = (
     Layout("swinViT.", ""),  # the encoder of SwinUNETR and SSLHead into a SwinTransformer
     Layout("encoder.", ""),  # a disruptive autoencoder into a SwinTransformer
     Layout("vit.", ""),  # the encoder of UNETR into a ViT
+    Layout("", "backbone."),  # a classifier into the FCN that torchvision has
+    Layout("", "backbone.body."),  # a classifier into a detector on its pyramid
 )
+
+HEADS = ("score_",)  # what FCN adds to a classifier; in a file of one there is none
 
 _PRETRAINING = "a part of the pre-training that the network has no use for"
 _CLASSIFIER = "of a classifier; a network that segments has none"
@@ -46,12 +50,17 @@ UNUSED_IN_FILE = (
     (r"(.*\.)?patch_embedding\.cls_token", "MONAI 0.6 to 0.8 stored a class token and did not use it"),
     (r"(.*\.)?blocks\.\d+\.(cross_attn|norm_cross_attn)\..*", "MONAI 1.4 and 1.5 stored it and did not use it"),
     (r".*\.relative_position_index", "the network makes its own from the window size"),
+    (r".*\.attn_mask", "the network makes its own from the window size"),
+    (r".*\.num_batches_tracked", "a counter of training steps"),
     (r"(rotation_head|contrastive_head)\..*", _PRETRAINING),
     (r"(conv|convTrans3d)\.(\d+\.)?(weight|bias)", _PRETRAINING),
     (r"conv3d_transpose(_1)?\.(weight|bias)", _PRETRAINING),
     (r"mask_token", _PRETRAINING),
     (r"(swinViT\.)?norm\.(weight|bias)", "the pre-training's last norm; Swin UNETR has none"),
     (r"(vit\.)?(cls_token|classification_head\..*)", _CLASSIFIER),
+    (r"(fc|fc8)\.(weight|bias)", _CLASSIFIER),
+    (r"aux(_classifier|\d)\..*", "a second head for training; the network was built without it"),
+    (r"upscore\w*\.weight", "an upsampling of another stride; the network has its own"),
 )
 # MONAI before 0.9 gave every residual block a shortcut convolution, used or not.
 _SHORTCUT = re.compile(r"(.*)\.(conv3\.conv|norm3)\.[^.]+")
@@ -61,6 +70,7 @@ UNUSED_IN_NETWORK = (
     (r"(.*\.)?norm_cross_attn\.(weight|bias)", "never used; MONAI stores it from 1.4 on"),
     (r".*\.relative_position_index", "the network makes it from the window size"),
     (r".*\.num_batches_tracked", "a counter of training steps"),
+    (r"upscore\w*\.weight", "bilinear interpolation as it was built"),
 )
 
 

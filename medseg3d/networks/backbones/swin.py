@@ -12,6 +12,7 @@ windows_WNE is (windows of all images, tokens in one, width).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -179,8 +180,9 @@ class SwinBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._sometimes(self._attend(x))
-        return x + self._sometimes(self.mlp(self.norm2(x)))
+        rate = self.drop_path if self.training else 0.0
+        x = x + stochastic_depth(self._attend(x), rate)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), rate)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         batch, *grid = (int(n) for n in x.shape[:-1])  # a tracer keeps them as they are
@@ -188,13 +190,14 @@ class SwinBlock(nn.Module):
         windows = cut_into_windows(batch, tuple(grid), window, shift, x.device)
         return windows.reverse(self.attn(windows.partition(self.norm1(x)), windows.kinds), like=x)
 
-    def _sometimes(self, update: torch.Tensor) -> torch.Tensor:
-        """Stochastic depth (Huang et al., ECCV 2016): in training the update of an image is left out at random."""
-        if not self.training or self.drop_path == 0.0:
-            return update
-        keep = 1 - self.drop_path
-        kept = update.new_empty([len(update)] + [1] * (update.dim() - 1)).bernoulli_(keep)
-        return update * kept / keep
+
+def stochastic_depth(update: torch.Tensor, rate: float) -> torch.Tensor:
+    """With that chance the update of an image is left out: Huang et al., ECCV 2016. For training; 0 in eval mode."""
+    if rate == 0.0:
+        return update
+    keep = 1 - rate
+    kept = update.new_empty([len(update)] + [1] * (update.dim() - 1)).bernoulli_(keep)
+    return update * kept / keep
 
 
 class WindowAttention(nn.Module):
@@ -207,6 +210,7 @@ class WindowAttention(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         attn_drop: dropout of attention weights.
         proj_drop: dropout of the result.
+        flat_index: keep the index of relative positions in one row, as torchvision's files have it.
     """
 
     def __init__(
@@ -217,6 +221,7 @@ class WindowAttention(nn.Module):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        flat_index: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -226,11 +231,11 @@ class WindowAttention(nn.Module):
         self.relative_position_index: torch.Tensor
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        rows = 1
-        for w in window_size:
-            rows *= 2 * w - 1
+        self.window_size = window_size
+        rows = prod(2 * w - 1 for w in window_size)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(window_size))
+        index = relative_position_index(window_size)
+        self.register_buffer("relative_position_index", index.flatten() if flat_index else index)
         self.qkv = linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -262,5 +267,6 @@ class WindowAttention(nn.Module):
     def _by_pair(self, table: torch.Tensor, tokens: int) -> torch.Tensor:
         """The bias (heads, N, N) of each pair of tokens. A window of fewer takes the first rows and columns of the
         index, as the published code does; a table of its own would have others."""
-        index = self.relative_position_index[:tokens, :tokens].reshape(-1)
+        index_NN = self.relative_position_index.view(prod(self.window_size), -1)
+        index = index_NN[:tokens, :tokens].reshape(-1)
         return table.index_select(0, index).view(tokens, tokens, -1).permute(2, 0, 1).contiguous()

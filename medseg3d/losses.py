@@ -75,3 +75,46 @@ class PartialDiceCELoss(nn.Module):
             return cross_entropy
         dice = (dice_K * present_K).sum() / present_K.sum()
         return cross_entropy + self.dice_weight * (1 - dice)
+
+
+class WeightedCrossEntropyLoss(nn.Module):
+    """Cross-entropy in which every voxel has its own weight (Ronneberger et al., "U-Net", 2015, equation 1).
+
+    Args:
+        reduction: "sum" over all voxels as in the paper; "mean" divides it by the number of voxels, "weighted_mean" by
+            the sum of the weights, so that the rate of learning does not depend on either.
+
+    Raises:
+        ValueError: on any other reduction.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        if reduction not in ("sum", "mean", "weighted_mean"):
+            raise ValueError(f"reduction must be 'sum', 'mean' or 'weighted_mean', got {reduction!r}")
+        self.reduction = reduction
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Scalar loss.
+
+        Args:
+            logits: (B, K, ...), any float type.
+            labels: (B, 1, ...), class numbers.
+            weights: (B, 1, ...), 0 or more.
+
+        Raises:
+            ValueError: labels or weights of another size.
+        """
+        size = (len(logits), 1, *logits.shape[2:])
+        if tuple(labels.shape) != size or tuple(weights.shape) != size:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} need labels and weights of {size}, "
+                f"got {tuple(labels.shape)} and {tuple(weights.shape)}"
+            )
+        with torch.autocast(logits.device.type, enabled=False):
+            losses = nn.functional.cross_entropy(logits.float(), labels[:, 0].long(), reduction="none")
+            weights = weights[:, 0].float()
+            total = (losses * weights).sum()
+            if self.reduction == "sum":
+                return total
+            return total / (weights.sum() if self.reduction == "weighted_mean" else weights.numel())

@@ -1,4 +1,4 @@
-"""The loss for partly contoured cases, against values worked out by hand."""
+"""Losses against values worked out by hand, and stored ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medseg3d.losses import PartialDiceCELoss
+from medseg3d.losses import PartialDiceCELoss, WeightedCrossEntropyLoss
 
 
 def case(batch=2, classes=4, shape=(3, 4, 2), seed=0):
@@ -158,3 +158,39 @@ def test_shapes_that_do_not_fit():
         PartialDiceCELoss()(logits, labels[:, 0])
     with pytest.raises(ValueError, match=r"annotated must be \(2, 4\), got \(2, 3\)"):
         PartialDiceCELoss()(logits, labels, torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_weighted_cross_entropy_has_the_stored_values(shared):
+    stored = np.load(shared("golden", "2d", "equations") / "unet.npz")
+    logits = torch.from_numpy(stored["logits"])[None]
+    labels = torch.from_numpy(stored["cells_labels"] > 0)[None, None]
+    weights = torch.from_numpy(stored["cells_class_weights"] + stored["cells_border"])[None, None]
+    for reduction in ("sum", "mean", "weighted_mean"):
+        loss = WeightedCrossEntropyLoss(reduction)(logits, labels, weights)
+        assert loss.item() == pytest.approx(float(stored[f"loss_{reduction}"]), rel=1e-5)
+
+
+def test_voxels_without_weight_teach_nothing():
+    logits, labels = case()
+    logits.requires_grad_()
+    weights = torch.zeros(labels.shape)
+    weights[:, :, 0] = 2.0
+    WeightedCrossEntropyLoss()(logits, labels, weights).backward()
+    assert logits.grad[:, :, 0].abs().min() > 0
+    assert not logits.grad[:, :, 1:].any()
+
+
+def test_weighted_cross_entropy_is_computed_in_float32():
+    logits, labels = case()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = WeightedCrossEntropyLoss("sum")(logits.bfloat16(), labels, torch.ones(labels.shape))
+    expected = torch.nn.functional.cross_entropy(logits.bfloat16().float(), labels[:, 0], reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item())
+
+
+def test_what_weighted_cross_entropy_refuses():
+    logits, labels = case()
+    with pytest.raises(ValueError, match="need labels and weights of"):
+        WeightedCrossEntropyLoss()(logits, labels, torch.ones(labels.shape)[:, 0])
+    with pytest.raises(ValueError, match="must be 'sum', 'mean' or 'weighted_mean', got 'none'"):
+        WeightedCrossEntropyLoss("none")

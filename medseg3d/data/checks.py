@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from medseg3d.volume import Volume
@@ -13,10 +15,11 @@ _PADDING = -1500  # HU; nothing in a body, nor the air around it, is below
 _DENSEST = 32_000  # HU; above any metal on the extended scale
 _CLIPPED = 0.005  # share of voxels at the maximum that noise and metal never reach
 _SPACING = (0.1, 20.0)  # mm
+_BLOCK = 2**18  # voxels that are compared at a time
 
 
-def check_voxels(volume: Volume) -> None:
-    """Refuse what cannot be segmented, of whatever modality.
+def check_voxels(volume: Volume) -> tuple[float, float]:
+    """Refuse what cannot be segmented, of whatever modality; return the lowest and the highest intensity.
 
     Raises:
         ValueError: NaN or infinite voxels, one intensity everywhere, or an axis of fewer than 4 voxels.
@@ -25,16 +28,16 @@ def check_voxels(volume: Volume) -> None:
     if min(volume.shape) < _FEWEST:
         what = "a single slice" if min(volume.shape) == 1 else f"of shape {volume.shape}"
         raise ValueError(f"the volume is {what}; each axis needs at least {_FEWEST} voxels: give the whole scan")
-    if array.dtype.kind == "f":
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-        if bad:
-            raise ValueError(
-                f"{bad} of {array.size} voxels are NaN or infinite; all must be finite:"
-                " replace them first, for example with numpy.nan_to_num(array, nan=-1024, neginf=-1024)"
-            )
     low, high = float(array.min()), float(array.max())
+    if not np.isfinite((low, high)).all():  # one voxel that is NaN makes both so
+        bad = array.size - _count(array, np.isfinite)
+        raise ValueError(
+            f"{bad} of {array.size} voxels are NaN or infinite; all must be finite:"
+            " replace them first, for example with numpy.nan_to_num(array, nan=-1024, neginf=-1024)"
+        )
     if low == high:
         raise ValueError(f"every voxel is {low:g}: there is nothing to segment; export the scan again")
+    return low, high
 
 
 def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
@@ -46,8 +49,7 @@ def check_ct(volume: Volume, allow_non_hu: bool = False) -> tuple[str, ...]:
         ValueError: where `check_voxels` does, and on intensities that cannot be Hounsfield units (nothing below 0, or
             all within a span of 100).
     """
-    check_voxels(volume)
-    low, high = float(volume.array.min()), float(volume.array.max())
+    low, high = check_voxels(volume)
     told = []
     reason = _not_hounsfield(low, high)
     if reason and not allow_non_hu:
@@ -78,11 +80,11 @@ def _doubts(volume: Volume, low: float, high: float) -> list[str]:
     if 0 > low > _NO_AIR:
         doubts.append(f"no voxel is below {low:g} HU, neither air nor fat: if this is no tight crop, it was clipped")
     if low < _PADDING:
-        share = np.count_nonzero(volume.array < _PADDING) / volume.array.size
+        share = _count(volume.array, lambda block: block < _PADDING) / volume.array.size
         doubts.append(
             f"{share:.1%} of the voxels are below {_PADDING} HU (least {low:g}), which is padding, not tissue"
         )
-    top = np.count_nonzero(volume.array == high) / volume.array.size
+    top = _count(volume.array, lambda block: block == high) / volume.array.size
     if top > _CLIPPED:
         doubts.append(f"{top:.1%} of the voxels are at the maximum of {high:g}: the intensities were clipped there")
     if high > _DENSEST:
@@ -91,3 +93,9 @@ def _doubts(volume: Volume, low: float, high: float) -> list[str]:
         spacing = " x ".join(f"{mm:g}" for mm in volume.spacing)
         doubts.append(f"a spacing of {spacing} mm is unusual for CT: check the units in the header")
     return doubts
+
+
+def _count(array: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> int:
+    """Voxels for which it holds; block by block, since memory for a mask of them all costs more than the comparison."""
+    flat = array.ravel(order="K")
+    return sum(int(np.count_nonzero(holds(flat[n : n + _BLOCK]))) for n in range(0, flat.size, _BLOCK))

@@ -67,7 +67,7 @@ def datalist(
             if not (root / file).is_file():
                 raise FileNotFoundError(
                     f"{loaded['name']}: {file} is not in the dataset folder {root}; the folder must hold the files "
-                    f"that the manifest names, as {loaded['source']['repository']} provides them converted to NIfTI"
+                    f"that the manifest names, from {loaded['source']['repository']}, changed as its notes say"
                 )
         cases.append(
             {

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medseg3d.training.checkpoint import ResumeFromLast
-    from medseg3d.training.iterations import PartialLabelIteration, channels_last
+    from medseg3d.training.iterations import DetectionIteration, SegmentationIteration, channels_last
     from medseg3d.training.surface import HausdorffInMm
 
 _MODULE_OF = {
+    "DetectionIteration": "iterations",
     "HausdorffInMm": "surface",
-    "PartialLabelIteration": "iterations",
     "ResumeFromLast": "checkpoint",
+    "SegmentationIteration": "iterations",
     "channels_last": "iterations",
 }
 
-__all__ = ["HausdorffInMm", "PartialLabelIteration", "ResumeFromLast", "channels_last"]
+__all__ = ["DetectionIteration", "HausdorffInMm", "ResumeFromLast", "SegmentationIteration", "channels_last"]
 
 
 def __getattr__(name: str) -> Any:

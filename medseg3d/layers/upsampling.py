@@ -1,4 +1,5 @@
-"""Twice the size by a transposed convolution, alone or merged with the convolution that follows it.
+"""Maps made larger: a transposed convolution, alone or merged with the convolution that follows it, bilinear
+interpolation as a layer that may learn, and unpooling.
 
 A transposed convolution of kernel and stride 2 followed by a convolution of kernel 3 is linear as a whole. Each of the
 2^n positions of a fine voxel inside its coarse one sees 2^n coarse voxels, so the pair is 2^n convolutions of kernel 2
@@ -11,6 +12,7 @@ Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spat
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -135,6 +137,72 @@ def _pairs(parts: torch.Tensor, y: torch.Tensor, shifted: bool) -> Iterator[tupl
         fine = tuple(slice(position, None, 2) for position in corner)
         coarse = tuple(slice(p, p + n) if shifted else slice(None) for p, n in zip(corner, grid, strict=True))
         yield part, _at(fine), _at(coarse)
+
+
+def tent(size: int) -> torch.Tensor:
+    """(size,): the weights of linear interpolation by a factor of ``(size + 1) // 2``, for a transposed convolution."""
+    factor = (size + 1) // 2
+    centre = factor - 1 if size % 2 else factor - 0.5
+    return 1 - (torch.arange(size, dtype=torch.float64) - centre).abs() / factor
+
+
+def bilinear_weight(channels: int, size: int) -> torch.Tensor:
+    """Weight (channels, channels, size, size) of a transposed convolution that interpolates each channel by itself."""
+    kernel = torch.outer(tent(size), tent(size)).float()
+    return torch.eye(channels)[:, :, None, None] * kernel
+
+
+class BilinearUpsampling(nn.Module):
+    """A transposed 2D convolution without bias that starts as bilinear interpolation (Long et al., section 3.3).
+
+    Args:
+        channels: of the input and of the output.
+        kernel_size: 2 * ``stride`` or 2 * ``stride`` - 1; the latter has one of its entries on each of the input's.
+        stride: the factor.
+        learned: the weight is a parameter; otherwise a buffer, under the same key of the state_dict.
+    """
+
+    transposed = True  # as nn.ConvTranspose2d, for layers.sampling
+
+    def __init__(self, channels: int, kernel_size: int, stride: int, learned: bool = False) -> None:
+        super().__init__()
+        if (kernel_size + 1) // 2 != stride:
+            raise ValueError(
+                f"bilinear interpolation by {stride} has a kernel of {2 * stride} or {2 * stride - 1}, "
+                f"got {kernel_size}"
+            )
+        self.kernel_size, self.stride = kernel_size, stride
+        self.weight: torch.Tensor
+        weight = bilinear_weight(channels, kernel_size)
+        if learned:
+            self.register_parameter("weight", nn.Parameter(weight))
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x_BCHW`` -> (B, C, (H - 1) * stride + kernel_size, ...); entries at its edges miss a neighbour."""
+        return F.conv_transpose2d(x, self.weight, stride=self.stride)
+
+    def extra_repr(self) -> str:
+        learned = isinstance(self.weight, nn.Parameter)
+        return f"{len(self.weight)}, kernel_size={self.kernel_size}, stride={self.stride}, learned={learned}"
+
+
+def unpool(x: torch.Tensor, switches: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Put every value back where a max pooling took it from, zeros elsewhere (Noh et al., section 3.2.1).
+
+    Args:
+        x: ``x_BC...`` with two or three spatial axes.
+        switches: the pooling's indices, of the shape of ``x``.
+        size: spatial size of what was pooled.
+
+    Raises:
+        ValueError: ``x`` and ``switches`` have different shapes.
+    """
+    if not torch.jit.is_tracing() and x.shape != switches.shape:
+        raise ValueError(f"unpooling needs a switch for each value, got {tuple(switches.shape)} for {tuple(x.shape)}")
+    place = x.new_zeros(*x.shape[:2], math.prod(size))
+    return place.scatter(2, switches.flatten(2), x.flatten(2)).unflatten(2, list(size))
 
 
 def _at(index: Sequence[int | slice]) -> Any:

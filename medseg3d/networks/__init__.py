@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from medseg3d.networks.backbones.swin_classifier import SwinClassifier
+from medseg3d.networks.deconvnet import DeconvNet
+from medseg3d.networks.detection.mask_rcnn import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+from medseg3d.networks.detection.upsnet import UPSNet
+from medseg3d.networks.fcn import FCN
+from medseg3d.networks.fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
 from medseg3d.networks.ssl_head import SSLHead
 from medseg3d.networks.swin_unetr import SwinUNETR
 from medseg3d.networks.unet import UNet, cicek_unet, ronneberger_unet
@@ -13,23 +19,39 @@ from medseg3d.networks.unetr import UNETR
 from medseg3d.networks.vnet import VNet, milletari_vnet
 
 __all__ = [
+    "FCN",
     "NETWORKS",
     "UNETR",
+    "DeconvNet",
+    "FCNResNet",
+    "MaskRCNN",
     "SSLHead",
+    "SwinClassifier",
     "SwinUNETR",
     "UNet",
+    "UPSNet",
     "VNet",
     "build",
     "cicek_unet",
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
     "milletari_vnet",
     "ronneberger_unet",
 ]
 
 NETWORKS: dict[str, type[nn.Module]] = {
+    "fcn": FCN,
+    "fcn_resnet": FCNResNet,
+    "deconvnet": DeconvNet,
     "unet": UNet,
     "vnet": VNet,
     "unetr": UNETR,
     "swin_unetr": SwinUNETR,
+    "swin": SwinClassifier,
+    "mask_rcnn": MaskRCNN,
+    "upsnet": UPSNet,
 }
 
 

@@ -24,9 +24,16 @@ CONFIGURATIONS = {
     ("unetr", 2): ({"img_size": (32, 48), **SMALL_UNETR}, (32, 48), (32, 40), (32, 48)),
     ("unetr", 3): ({"img_size": (16, 32, 16), **SMALL_UNETR}, (16, 32, 16), (16, 32, 15), (16, 32, 16)),
     ("swin_unetr", 2): ({"feature_size": 12}, (64, 96), (33, 64), (64, 64)),
+    ("fcn", 2): ({"width": 1 / 32, "padding": "same", "stride": 8, "upsampling": "learned"}, (37, 45), None, (1, 7)),
+    ("fcn_resnet", 2): ({"backbone_arguments": {"width_per_group": 8}}, (41, 33), None, (1, 7)),
+    ("deconvnet", 2): ({"width": 1 / 32}, (224, 256), (225, 90), (256, 224)),
+    ("swin", 2): ({"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 3}, (32, 44), (3, 8), (4, 8)),
     ("swin_unetr", 3): ({"feature_size": 12, "use_v2": True}, (32, 32, 64), (32, 32, 32), (64, 32, 32)),
 }
 SCRIPTABLE = {"unet", "vnet"}  # the others can be traced
+PLANAR = {"fcn", "fcn_resnet", "deconvnet"}  # without spatial_dims
+CLASSIFIERS = {"swin"}  # one logit a class and image, from num_classes
+DETECTORS = {"mask_rcnn", "upsnet"}  # tests/networks/detection has what they keep
 CLASSES = 3
 
 
@@ -35,8 +42,9 @@ class Subject:
 
     def __init__(self, name, spatial_dims):
         arguments, self.size, self.bad_size, self.next_size = CONFIGURATIONS[name, spatial_dims]
-        self.name = name
-        self.arguments = {"spatial_dims": spatial_dims, "in_channels": 2, "out_channels": CLASSES, **arguments}
+        self.name, self.classifies = name, name in CLASSIFIERS
+        dense = {"out_channels": CLASSES, **({} if name in PLANAR else {"spatial_dims": spatial_dims})}
+        self.arguments = {"in_channels": 2, **({"num_classes": CLASSES} if self.classifies else dense), **arguments}
         torch.manual_seed(0)
         self.network = self.build()
         self.x = torch.randn(2, 2, *self.size)
@@ -44,7 +52,12 @@ class Subject:
             self.y = self.network(self.x)
 
     def build(self):
-        return build(self.name, **self.arguments).eval()
+        network = build(self.name, **self.arguments).eval()
+        if self.name == "fcn":  # whose scores start at zero, whatever lies before them
+            for name, parameter in network.named_parameters():
+                if name.startswith("score"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+        return network
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda key: f"{key[0]}-{key[1]}d")
@@ -53,24 +66,26 @@ def subject(request):
 
 
 def test_every_network_is_held_to_the_contract():
-    assert {name for name, _ in CONFIGURATIONS} == set(NETWORKS)
+    assert {name for name, _ in CONFIGURATIONS} == set(NETWORKS) - DETECTORS
 
 
 def test_build_names_the_networks_that_there_are():
-    with pytest.raises(ValueError, match="there is no network 'alexnet3d'; medseg3d has unet, vnet, unetr, swin_unetr"):
+    with pytest.raises(ValueError, match=r"there is no network 'alexnet3d'; medseg3d has .*deconvnet, unet, vnet"):
         build("alexnet3d")
 
 
 def test_one_logit_a_class_and_voxel(subject):
-    assert subject.y.shape == (2, CLASSES, *subject.size)
+    assert subject.y.shape == (2, CLASSES, *(() if subject.classifies else subject.size))
     assert torch.isfinite(subject.y).all()
 
 
 def test_a_size_that_does_not_fit_is_refused_with_the_next_that_does(subject):
-    with pytest.raises(ValueError, match=re.escape(f"the next size that it takes is {subject.next_size}")):
-        subject.network(torch.zeros(1, 2, *subject.bad_size))
+    if subject.bad_size is not None:  # some take any size
+        with pytest.raises(ValueError, match=re.escape(f"the next size that it takes is {subject.next_size}")):
+            subject.network(torch.zeros(1, 2, *subject.bad_size))
     with torch.no_grad():
-        assert subject.network(torch.zeros(1, 2, *subject.next_size)).shape[2:] == subject.next_size
+        y = subject.network(torch.zeros(1, 2, *subject.next_size))
+    assert y.shape[2:] == (() if subject.classifies else subject.next_size)
 
 
 def test_another_number_of_axes_is_refused(subject):

@@ -1,0 +1,1 @@
+"""Detectors: their operations, heads and networks."""

@@ -153,9 +153,12 @@ def describe_machine(device: torch.device, allocator: str) -> str:
         facts = [torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}", *facts]
     else:
         facts.append(f"glibc allocator {allocator}")
-    import monai
+    facts.append(f"torch {torch.__version__}")
+    with suppress(ImportError):  # some benchmarks do without
+        import monai
 
-    return ", ".join([*facts, f"torch {torch.__version__}", f"MONAI {monai.__version__}"])
+        facts.append(f"MONAI {monai.__version__}")
+    return ", ".join(facts)
 
 
 def _processor() -> str:

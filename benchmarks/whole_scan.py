@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -243,25 +245,37 @@ def compare(folder: Path, threads: int, rounds: int, only: list[str]) -> None:
             print_stages(folder / f"{out.name.split('.')[0]}.json")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def argument_parser(description: str, kept: str) -> argparse.ArgumentParser:
+    """What both benchmarks of whole scans take; ``kept`` names what stays in the folder."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 300))
     parser.add_argument("--spacing", type=float, default=1.5, help="of the network's grid, mm")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100, help="of training")
-    parser.add_argument("--only", nargs="+", default=["monai", "fp32", "auto"])
-    parser.add_argument("--folder", type=Path, help="where scan and bundle stay, for the next time (default: nowhere)")
-    args = parser.parse_args()
-    shape = tuple(args.shape)
+    parser.add_argument("--folder", type=Path, help=f"where {kept} stay, for the next time (default: nowhere)")
+    return parser
+
+
+@contextmanager
+def working_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Tell what is measured on which machine; then the folder for it."""
     torch.set_num_threads(args.threads)
-    print(f"{shape} of {VOXEL_MM} mm, network's grid {args.spacing} mm, {args.rounds} rounds; load "
+    print(f"{tuple(args.shape)} of {VOXEL_MM} mm, network's grid {args.spacing} mm, {args.rounds} rounds; load "
           f"{os.getloadavg()[0]:.1f}; {describe_machine(torch.device('cpu'), 'default')}")  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, "scan and bundle")
+    parser.add_argument("--only", nargs="+", default=["monai", "fp32", "auto"])
+    args = parser.parse_args()
+    with working_folder(args) as folder:
         if not (folder / "bundle").exists():
-            in_child(prepare, folder, shape, args.spacing, args.steps)
+            in_child(prepare, folder, tuple(args.shape), args.spacing, args.steps)
         compare(folder, args.threads, args.rounds, args.only)
 
 

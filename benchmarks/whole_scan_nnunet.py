@@ -11,20 +11,28 @@ its peak memory is all of it. Labels are compared before times and memory are pr
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe_machine, in_child
+from measuring import in_child
 from torch import nn
 from torch.nn import functional as F
-from whole_scan import CLASSES, HU, Taken, print_agreement, print_times, process, train, write_scan
+from whole_scan import (
+    CLASSES,
+    HU,
+    Taken,
+    argument_parser,
+    print_agreement,
+    print_times,
+    process,
+    train,
+    working_folder,
+    write_scan,
+)
 
 WIDTHS = (16, 32, 64, 128, 160)
 WINDOW = (96, 96, 96)
@@ -155,30 +163,18 @@ def prepare(folder: Path, shape: tuple[int, ...], steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 300))
-    parser.add_argument("--spacing", type=float, default=1.5, help="of the network's grid, mm")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=100, help="of training")
-    parser.add_argument("--folder", type=Path, help="where scan and weights stay, for the next time (default: nowhere)")
+    parser = argument_parser(__doc__, "scan and weights")
     parser.add_argument("--side", choices=(NNUNET, "fp32", "auto"), help="run one side only, in this process")
     args = parser.parse_args()
-    if args.side is not None:
-        if args.side == NNUNET:
-            run_nnunet(args.folder, args.spacing)
-        else:
-            run_ours(args.folder, args.spacing, args.side)
-        return
-    torch.set_num_threads(args.threads)
-    print(f"{tuple(args.shape)}, network's grid {args.spacing} mm, {args.rounds} rounds; load "
-          f"{os.getloadavg()[0]:.1f}; {describe_machine(torch.device('cpu'), 'default')}")  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "network.pt").exists():
-            in_child(prepare, folder, tuple(args.shape), args.steps)
-        compare(folder, args.spacing, args.threads, args.rounds)
+    if args.side == NNUNET:
+        run_nnunet(args.folder, args.spacing)
+    elif args.side is not None:
+        run_ours(args.folder, args.spacing, args.side)
+    else:
+        with working_folder(args) as folder:
+            if not (folder / "network.pt").exists():
+                in_child(prepare, folder, tuple(args.shape), args.steps)
+            compare(folder, args.spacing, args.threads, args.rounds)
 
 
 def compare(folder: Path, spacing: float, threads: int, rounds: int) -> None:

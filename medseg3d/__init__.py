@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from medseg3d.data.sample import sample_ct
     from medseg3d.geometry import Geometry
     from medseg3d.io import LabelTable, read_volume, write_label_map
-    from medseg3d.segmenter import Segmentation, Segmenter
+    from medseg3d.segmentation import Segmentation
+    from medseg3d.segmenter import Segmenter
     from medseg3d.volume import Volume
 
 _MODULE_OF = {
     "Geometry": "medseg3d.geometry",
     "LabelTable": "medseg3d.io",
-    "Segmentation": "medseg3d.segmenter",
+    "Segmentation": "medseg3d.segmentation",
     "Segmenter": "medseg3d.segmenter",
     "Volume": "medseg3d.volume",
     "load_model": "medseg3d.bundle",

@@ -24,7 +24,9 @@ from medseg3d.report.run import case_record, file_sha256
 from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
-    from medseg3d.segmenter import Scan, Segmentation, Segmenter
+    from medseg3d.pictures import Picture, PictureSegmentation, PictureSegmenter
+    from medseg3d.segmentation import Scan, Segmentation
+    from medseg3d.segmenter import Segmenter
     from medseg3d.several import SeveralModels
 
 logger = logging.getLogger(__name__)
@@ -38,19 +40,19 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one scan.
+    """What became of one scan or picture.
 
     Attributes:
         case: name, path and kind of the input.
         result: the segmentation; None if it failed or was finished by an earlier run.
-        outputs: files written, by kind ("segmentation", "statistics", "preview").
+        outputs: files written, by kind ("segmentation", "statistics", "preview", "json").
         error: why it failed, in one line; None if it did not.
         resumed: True if an earlier run had finished it.
         out_of_memory: True if that is why it failed.
     """
 
     case: Case
-    result: Segmentation | None = None
+    result: Segmentation | PictureSegmentation | None = None
     outputs: dict[str, Path] = field(default_factory=dict)
     error: str | None = None
     resumed: bool = False
@@ -58,7 +60,7 @@ class CaseResult:
 
     def record(self) -> dict[str, Any]:
         """The case for a run report."""
-        geometry: Geometry | None = self.result.image.geometry if self.result else None
+        geometry: Geometry | None = getattr(self.result.image, "geometry", None) if self.result else None
         return case_record(
             self.case.name,
             self.case.path,
@@ -70,6 +72,7 @@ class CaseResult:
                 *(("finished by an earlier run",) if self.resumed else ()),
             ),
             self.error,
+            self.result.crop if self.result else None,
         )
 
 
@@ -79,18 +82,30 @@ class OutputPlan:
 
     Args:
         target: a file (its suffix names a format) for one case, or a folder.
-        suffix: format of the segmentations in a folder.
+        suffix: format of the segmentations in a folder; by default .nii.gz, and .png of pictures.
         statistics, preview: whether to write them too.
+        uncertainty: "entropy" or "margin" to write that map too, which the model was loaded to make.
+        pictures: what a model makes of pictures: "semantic", "instances" or "panoptic"; None for a model of scans.
+            Objects and segments go into COCO's JSON too, one beside each picture and one of the whole folder.
     """
 
     target: Path
-    suffix: str = ".nii.gz"
+    suffix: str = ""
     statistics: bool = False
     preview: bool = False
+    uncertainty: str | None = None
+    pictures: str | None = None
+
+    @property
+    def writable(self) -> tuple[str, ...]:
+        """The formats of a segmentation, that of a folder first unless ``suffix`` says otherwise."""
+        if self.pictures is None:
+            return WRITABLE
+        return (".png",) if self.pictures == "panoptic" else (".png", ".tif", ".tiff")
 
     @property
     def is_file(self) -> bool:
-        return split_name(self.target)[1] in WRITABLE
+        return split_name(self.target)[1] in self.writable
 
     @property
     def folder(self) -> Path:
@@ -104,14 +119,18 @@ class OutputPlan:
     def files(self, case: Case) -> dict[str, Path]:
         """Output kind -> path for one case."""
         stem = split_name(self.target)[0] if self.is_file else case.name
-        segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix}"
+        segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix or self.writable[0]}"
         files = {"segmentation": segmentation}
+        if self.pictures in ("instances", "panoptic"):
+            files["json"] = segmentation.with_name(f"{split_name(segmentation)[0]}.json")
         if self.statistics:
             files["statistics"] = self.folder / f"{stem}.stats.json"
             if self.is_file:  # a folder gets one table of all cases instead
                 files["statistics_csv"] = self.folder / f"{stem}.stats.csv"
         if self.preview:
             files["preview"] = self.folder / f"{stem}.preview.png"
+        if self.uncertainty:
+            files["uncertainty"] = self.folder / f"{stem}.{self.uncertainty}.nii.gz"
         return files
 
     def prepare(self, inputs: Inputs) -> None:
@@ -122,11 +141,12 @@ class OutputPlan:
             OSError: the folder cannot be made or written to.
         """
         if self.is_file and len(inputs.cases) > 1:
-            raise ValueError(f"{len(inputs.cases)} scans cannot be written to one file, {self.target}: name a folder")
+            many = f"{len(inputs.cases)} {'scans' if self.pictures is None else 'pictures'}"
+            raise ValueError(f"{many} cannot be written to one file, {self.target}: name a folder")
         suffix = split_name(self.target)[1]
         if suffix and not self.is_file and not self.target.is_dir():
             raise ValueError(
-                f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(WRITABLE)}"
+                f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(self.writable)}"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,12 +159,13 @@ class OutputPlan:
             raise PermissionError(13, f"no permission to write into the output folder {self.folder}: name another")
         taken = {case.path.resolve() for case in inputs.cases}
         for case in inputs.cases:
-            if self.files(case)["segmentation"].resolve() in taken:
-                raise ValueError(f"the output {self.files(case)['segmentation']} is an input: name another output")
+            for path in self.files(case).values():
+                if path.resolve() in taken:
+                    raise ValueError(f"the output {path} is an input: name another output")
 
 
 def predict_many(
-    segmenter: Segmenter | SeveralModels,
+    segmenter: Segmenter | SeveralModels | PictureSegmenter,
     inputs: Inputs | Sequence[str | Path] | str | Path,
     output: str | Path | OutputPlan,
     resume: bool = False,
@@ -152,9 +173,9 @@ def predict_many(
     progress: Callable[[Case, str], None] | None = None,
     background_io: bool = True,
 ) -> Iterator[CaseResult]:
-    """Segment scans one after another and write each as soon as it is done.
+    """Segment scans, or pictures, one after another and write each as soon as it is done.
 
-    While the network works on one scan, the next is read and the result before is written, each on a thread. So a case
+    While the network works on one, the next is read and the result before is written, each on a thread. So a case
     is yielded, in order, once its files are on disk, when the network may be done with the next. Whatever ends the run,
     Ctrl-C included, what is being written then is finished first and the threads end.
 
@@ -173,8 +194,9 @@ def predict_many(
     Raises:
         ValueError, OSError: nothing to read, or nowhere to write; before the first case.
     """
-    found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs)
-    plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output))
+    pictures = segmenter.pictures
+    found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs, pictures is not None)
+    plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output), pictures=pictures)
     plan.prepare(found)
     ledger = _Ledger(plan, segmenter, allow_non_hu)
     run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress)
@@ -184,6 +206,7 @@ def predict_many(
 def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Generator]) -> Iterator[CaseResult]:
     table: dict[str, Any] = {}
     failures = []
+    documents = []
     with (
         closing(each(run.read, inputs.cases)) as scans,
         closing(each(run.write, run.segmented(inputs.cases, scans))) as outcomes,
@@ -192,12 +215,19 @@ def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Ge
             case = outcome.case
             if outcome.error is not None:
                 failures.append({"case": case.name, "input": str(case.path), "error": outcome.error})
-            elif "statistics" in outcome.outputs:
-                table[case.name] = json.loads(outcome.outputs["statistics"].read_text(encoding="utf-8"))
+            else:
+                if "json" in outcome.outputs:
+                    documents.append(outcome.outputs["json"])
+                if "statistics" in outcome.outputs:
+                    table[case.name] = json.loads(outcome.outputs["statistics"].read_text(encoding="utf-8"))
             yield outcome
             del outcome  # its arrays are not ours to keep while the next one is made
     if table and not plan.is_file:
         write_statistics_csv(plan.folder / "statistics.csv", table)
+    if documents and not plan.is_file:
+        from medseg3d.io.results import join_results
+
+        join_results(plan.folder / f"{plan.pictures}.json", documents)
     if not plan.is_file:
         (plan.folder / FAILURES).unlink(missing_ok=True)
         if failures:
@@ -229,19 +259,19 @@ def _overlapped(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, 
 class _Run:
     """The steps of each case: read, segment, write. After one that fails the others pass on what it returned."""
 
-    segmenter: Segmenter | SeveralModels
+    segmenter: Any  # of any kind: each reads what it segments
     plan: OutputPlan
     ledger: _Ledger
     resume: bool
     allow_non_hu: bool
     progress: Callable[[Case, str], None] | None
 
-    def read(self, case: Case) -> Scan | CaseResult:
+    def read(self, case: Case) -> Scan | Picture | CaseResult:
         return _attempt(case, self._read, case)
 
     def segmented(
-        self, cases: Sequence[Case], scans: Iterator[Scan | CaseResult]
-    ) -> Iterator[tuple[Case, Segmentation | CaseResult]]:
+        self, cases: Sequence[Case], scans: Iterator[Scan | Picture | CaseResult]
+    ) -> Iterator[tuple[Case, Segmentation | PictureSegmentation | CaseResult]]:
         """Each case with its result. Runs on the caller's thread, and so does `progress`."""
         for case in cases:
             self._tell(case, "read")
@@ -250,7 +280,7 @@ class _Run:
                 got = _attempt(case, self._segment, case, got)
             yield case, got
 
-    def write(self, item: tuple[Case, Segmentation | CaseResult]) -> CaseResult:
+    def write(self, item: tuple[Case, Segmentation | PictureSegmentation | CaseResult]) -> CaseResult:
         case, got = item
         return got if isinstance(got, CaseResult) else _attempt(case, self._write, case, got)
 
@@ -258,18 +288,18 @@ class _Run:
         if self.progress is not None:
             self.progress(case, stage)
 
-    def _read(self, case: Case) -> Scan | CaseResult:
+    def _read(self, case: Case) -> Scan | Picture | CaseResult:
         files = self.plan.files(case)
         if self.resume and self.ledger.finished(case, files):
             return CaseResult(case, outputs=files, resumed=True)
         return self.segmenter.read(case.path, allow_non_hu=self.allow_non_hu)
 
-    def _segment(self, case: Case, scan: Scan) -> Segmentation:
+    def _segment(self, case: Case, scan: Scan | Picture) -> Segmentation | PictureSegmentation:
         result = self.segmenter.segment(scan, progress=partial(self._tell, case))
         self._tell(case, "write")
         return result
 
-    def _write(self, case: Case, result: Segmentation) -> CaseResult:
+    def _write(self, case: Case, result: Segmentation | PictureSegmentation) -> CaseResult:
         files = self.plan.files(case)
         _write(result, case, files)
         self.ledger.note(case)
@@ -285,7 +315,7 @@ def _attempt(case: Case, step: Callable[..., T], *arguments: Any) -> T | CaseRes
         return _failed(case, error)
 
 
-def _write(result: Segmentation, case: Case, files: dict[str, Path]) -> None:
+def _write(result: Any, case: Case, files: dict[str, Path]) -> None:
     """All files of a case; if one of them fails, those before it are removed."""
     done: list[Path] = []
     try:
@@ -296,6 +326,10 @@ def _write(result: Segmentation, case: Case, files: dict[str, Path]) -> None:
                 done.append(write_statistics_csv(files["statistics_csv"], {case.name: figures}))
         if "preview" in files:
             done.append(result.preview(files["preview"], title=case.name))
+        if "uncertainty" in files:
+            done.append(result.save_uncertainty(files["uncertainty"]))
+        if "json" in files:
+            done.append(result.save(files["json"]))
         # Last of all, so that a segmentation on disk means that its case is complete.
         result.save(files["segmentation"])
     except BaseException:  # Ctrl-C too
@@ -315,9 +349,9 @@ def _failed(case: Case, error: Exception) -> CaseResult:
 class _Ledger:
     """Which cases of an output folder are finished, and what they were made from."""
 
-    def __init__(self, plan: OutputPlan, segmenter: Segmenter | SeveralModels, allow_non_hu: bool) -> None:
+    def __init__(self, plan: OutputPlan, segmenter: Any, allow_non_hu: bool) -> None:
         self.path = None if plan.is_file else plan.folder / _LEDGER
-        options = {"suffix": plan.suffix, "allow_non_hu": allow_non_hu}
+        options = {"suffix": plan.suffix or plan.writable[0], "allow_non_hu": allow_non_hu}
         model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
         self.settings = {"model": model, **options}
         self.entries: dict[str, Any] = {}

@@ -1,16 +1,18 @@
-"""A MONAI Bundle becomes a Segmenter: network, preprocessing, strategy and post-processing, read from its configs."""
+"""A MONAI Bundle becomes a Segmenter, of scans or pictures: network, preprocessing, strategy and post-processing."""
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged, SaveImage, SaveImaged
+from torch import nn
 
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle
 from medseg3d.checkpoints import CheckpointMismatch, load_checkpoint
@@ -20,14 +22,20 @@ from medseg3d.compatibility import adapt_network
 from medseg3d.errors import in_words
 from medseg3d.inference import SubVolumes
 from medseg3d.inference.device import resolve_device
+from medseg3d.inference.ensemble import Ensemble
 from medseg3d.inference.precision import PRECISIONS
 from medseg3d.io import LabelTable
 from medseg3d.recipe import as_strategy, steps_of, strategy_named
-from medseg3d.report.run import model_record
+from medseg3d.report.run import file_sha256, model_record
+from medseg3d.runner import Runner
 from medseg3d.segmenter import Segmenter
+
+if TYPE_CHECKING:
+    from medseg3d.pictures import PictureSegmenter
 
 _PREPROCESSING = ("preprocessing", "pre_transforms")
 _POSTPROCESSING = ("postprocessing", "post_transforms")
+FOR_SCANS = ("strategy", "max_ram", "max_vram", "uncertainty", "crop_body")  # of load_model's arguments
 
 
 def load_model(
@@ -41,15 +49,20 @@ def load_model(
     overlap: float | None = None,
     max_ram: int | None = None,
     max_vram: int | None = None,
-) -> Segmenter:
-    """Load a model once, to segment many scans with it.
+    uncertainty: str | None = None,
+    weights: Sequence[str | Path] | None = None,
+    crop_body: bool = False,
+) -> Segmenter | PictureSegmenter:
+    """Load a model once, to segment many scans with it, or pictures if that is what its bundle is made for.
 
     Args:
         model: name of a model that ships with medseg3d, or the folder or zip of any MONAI segmentation bundle.
         device: "auto", "cpu", "gpu", "gpu:N", "cuda:N" or "mps".
         trust: a bundle's configs and scripts are code that runs here. Models that ship with medseg3d run without
             asking; for every other one say ``trust=True`` once you know where it comes from.
-        compile, max_ram, max_vram: see :class:`medseg3d.segmenter.Segmenter`.
+        compile, max_ram, max_vram, uncertainty, crop_body: see :class:`medseg3d.segmenter.Segmenter`.
+        weights: files of the bundle's network instead of its own, each a path or the name of one in the bundle's
+            ``models`` folder; several are averaged, see :func:`ensemble_of_files`.
         mirror: average over mirror images: of left and right, or along the ``"mirror_axes"`` (of the network's grid,
             counted from 0) that the inference config names because its network was trained on them.
         strategy: "sub-volumes", "slices" or "downsampled" instead of the bundle's own, where its network permits.
@@ -58,8 +71,13 @@ def load_model(
             hardware is fast in it and a window of the first scan agrees with float32. A bundle allows it by
             ``"precision": "auto"`` in its inference config, or by ``amp`` of its evaluator.
 
+    Returns:
+        A :class:`medseg3d.pictures.PictureSegmenter` if the bundle's metadata says that its output has two axes (see
+        :attr:`medseg3d.catalogue.BundleInfo.pictures`), else a :class:`medseg3d.segmenter.Segmenter`.
+
     Raises:
-        ValueError: no such model, no such device, or a bundle that cannot segment.
+        ValueError: no such model, no such device, a bundle that cannot segment, or, for pictures, an argument that is
+            for scans alone.
         UntrustedBundle: a foreign bundle without ``trust``.
         FileNotFoundError: the bundle has no weights.
     """
@@ -76,12 +94,22 @@ def load_model(
         postprocessing = _resolved(parser, bundle, *_POSTPROCESSING)
         inferer = _resolved(parser, bundle, "inferer")
     settings = {"precision": precision, "mirror": mirror, "strategy": strategy, "overlap": overlap}
-    settings |= {"max_ram": max_ram, "max_vram": max_vram}
+    settings |= {"max_ram": max_ram, "max_vram": max_vram, "crop_body": crop_body}
+    if bundle.pictures is not None:
+        _refuse_for_pictures(bundle, {**settings, "uncertainty": uncertainty})
     inferer = _changed(inferer, network, strategy, overlap)
-    weights = bundle.path / "models" / "model.pt"
-    notes += _load_weights(network, weights, bundle)
+    network, files, more_notes = _filled(network, weights, bundle)
+    if weights:
+        settings["weights"] = [file_sha256(file) for file in files]
+    network = network.to(torch_device).eval()
+    record = {**_record(bundle, files), "settings": settings}
+    precision = "fp32" if precision == "auto" and not _allows_lower_precision(parser) else precision
+    mirror = mirror and (parser.get("mirror_axes") or True)
+    if bundle.pictures is not None:
+        runner = Runner(network, torch_device, precision, compile, mirror)
+        return _of_pictures(bundle, runner, preprocessing, inferer, postprocessing, record, notes + more_notes)
     return Segmenter(
-        network=network.to(torch_device).eval(),
+        network=network,
         preprocessing=_from_memory(preprocessing, bundle),
         inferer=inferer,
         postprocessing=_keep(postprocessing, lambda step: not isinstance(step, SaveImage | SaveImaged)),
@@ -89,14 +117,104 @@ def load_model(
         device=torch_device,
         name=f"{bundle.name} {bundle.version}",
         expects_hu=bundle.input_format.get("format") == "hounsfield",
-        record={**model_record(bundle.name, bundle.version, bundle.path, weights), "settings": settings},
-        notes=notes,
+        record=record,
+        notes=notes + more_notes,
         compile=compile,
-        precision="fp32" if precision == "auto" and not _allows_lower_precision(parser) else precision,
-        mirror=mirror and (parser.get("mirror_axes") or True),
+        precision=precision,
+        mirror=mirror,
         max_ram=max_ram,
         max_vram=max_vram,
+        uncertainty=uncertainty,
+        crop_body=crop_body,
     )
+
+
+def _refuse_for_pictures(bundle: BundleInfo, given: Mapping[str, Any]) -> None:
+    for name in FOR_SCANS:
+        if given[name] not in (None, False):
+            raise ValueError(f"{name} is for scans, and {bundle.name} segments pictures: leave it out")
+
+
+def _of_pictures(
+    bundle: BundleInfo,
+    runner: Runner,
+    preprocessing: Any,
+    inferer: Callable,
+    postprocessing: Any,
+    record: Mapping[str, Any],
+    notes: Sequence[str],
+) -> PictureSegmenter:
+    from medseg3d.data.pictures import LoadPictured
+    from medseg3d.data.results import SaveResultd, named
+    from medseg3d.pictures import PictureSegmenter
+
+    if not any(isinstance(step, LoadPictured) for step in steps_of(preprocessing)):
+        raise ValueError(
+            f"{bundle.name}: the preprocessing of a bundle of pictures begins with medseg3d.data.pictures.LoadPictured, "
+            "which keeps rows and columns as they are; put it in place of its loader"
+        )
+    channels = bundle.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    return PictureSegmenter(
+        runner=runner,
+        preprocessing=_keep(preprocessing, lambda step: not isinstance(step, LoadPictured)),
+        inferer=inferer,
+        postprocessing=_keep(postprocessing, lambda step: not isinstance(step, SaveResultd | SaveImage | SaveImaged)),
+        kind=bundle.pictures,
+        categories=named(channels, bundle.stuff),
+        name=f"{bundle.name} {bundle.version}",
+        record=record,
+        notes=notes,
+    )
+
+
+def ensemble_of_files(network: nn.Module, files: Sequence[str | Path], average: str = "logits") -> Ensemble:
+    """One network for each file of weights, and their mean: what a bundle's config has as its network.
+
+    Args:
+        network: of their architecture; it becomes the first, the others are copies.
+        files: in any layout that :mod:`medseg3d.checkpoints` knows.
+        average: "logits", as nnU-Net does it with the folds of one network, or "probabilities"; see
+            :class:`medseg3d.inference.ensemble.Ensemble`.
+
+    Raises:
+        ValueError: there are no files, or one does not fit; FileNotFoundError: one is missing.
+    """
+    paths = [Path(file) for file in files]
+    networks = [network, *(copy.deepcopy(network) for _ in paths[1:])]
+    if not paths:
+        raise ValueError("an ensemble needs a file of weights or more, got none")
+    for one, path in zip(networks, paths, strict=True):
+        _load_weights(one, path, path.name)
+    return Ensemble(networks, average=average)
+
+
+def _filled(
+    network: nn.Module, weights: Sequence[str | Path] | None, bundle: BundleInfo
+) -> tuple[nn.Module, list[Path], list[str]]:
+    """The network with its weights, the files they are from, and what there is to tell about them."""
+    models = bundle.path / "models"
+    if isinstance(network, Ensemble):
+        if weights:
+            raise ValueError(f"{bundle.name} is an ensemble whose config names its weights: leave weights out")
+        return network, [], []
+    files = [_weights_file(name, models) for name in weights or ()] or [models / "model.pt"]
+    networks = [network, *(copy.deepcopy(network) for _ in files[1:])]
+    notes = [note for one, file in zip(networks, files, strict=True) for note in _load_weights(one, file, bundle.name)]
+    filled = network if len(files) == 1 else Ensemble(networks, average="logits")
+    return filled, files, list(dict.fromkeys(notes))
+
+
+def _weights_file(name: str | Path, models: Path) -> Path:
+    path = Path(name).expanduser()
+    return models / path if not path.exists() and (models / path).is_file() else path
+
+
+def _record(bundle: BundleInfo, files: Sequence[Path]) -> dict[str, Any]:
+    """What a run report says of the model; several files of weights each with their own sha256."""
+    record = model_record(bundle.name, bundle.version, bundle.path, files[0] if len(files) == 1 else None)
+    if len(files) > 1:
+        record |= {"weights": [*map(str, files)], "weights_sha256": [*map(file_sha256, files)]}
+    return record
 
 
 def _parser(bundle: BundleInfo, device: torch.device) -> ConfigParser:
@@ -115,7 +233,7 @@ def _parser(bundle: BundleInfo, device: torch.device) -> ConfigParser:
     return parser
 
 
-def _network(parser: ConfigParser, bundle: BundleInfo) -> tuple[torch.nn.Module, list[str]]:
+def _network(parser: ConfigParser, bundle: BundleInfo) -> tuple[nn.Module, list[str]]:
     """The network without its weights, and what was adapted to build it."""
     config = parser.get("network_def")
     if not isinstance(config, Mapping):
@@ -148,7 +266,7 @@ def _resolved(parser: ConfigParser, bundle: BundleInfo, *names: str) -> Any:
     raise ValueError(f"{bundle.name}: its inference config defines no {wanted}, which medseg3d needs")
 
 
-def _changed(inferer: Any, network: torch.nn.Module, strategy: str | None, overlap: float | None) -> Any:
+def _changed(inferer: Any, network: nn.Module, strategy: str | None, overlap: float | None) -> Any:
     """The inferer, or what was asked for in its place."""
     if strategy is not None:
         inferer = strategy_named(strategy, network, as_strategy(inferer))
@@ -170,10 +288,10 @@ def _allows_lower_precision(parser: ConfigParser) -> bool:
     return amp is True
 
 
-def _load_weights(network: torch.nn.Module, path: Path, bundle: BundleInfo) -> list[str]:
+def _load_weights(network: nn.Module, path: Path, name: str) -> list[str]:
     """Fill the whole network from a file of any layout that is known; what there is to tell about it."""
     if not path.is_file():
-        raise FileNotFoundError(f"the weights of {bundle.name} are missing: there is no {path}")
+        raise FileNotFoundError(f"the weights of {name} are missing: there is no {path}")
     try:
         # How a network merges patches, its config and the metadata say, unless the file itself does.
         built = order_of(network)
@@ -181,9 +299,9 @@ def _load_weights(network: torch.nn.Module, path: Path, bundle: BundleInfo) -> l
         report = load_checkpoint(network, path, scope="", merging_order="auto" if recorded else built or "legacy")
     except CheckpointMismatch as error:
         reason = "; ".join([*error.report.problems(), *error.report.advice]) or str(error)
-        raise ValueError(f"the weights of {bundle.name} do not fit its {error.report.network}: {reason}") from error
+        raise ValueError(f"the weights of {name} do not fit its {error.report.network}: {reason}") from error
     except ValueError as error:
-        raise ValueError(f"the weights of {bundle.name} cannot be read: {error}") from error
+        raise ValueError(f"the weights of {name} cannot be read: {error}") from error
     notes = [note for note in report.notes if not note.endswith(": as asked")]
     if recorded not in (None, built):
         notes.append(

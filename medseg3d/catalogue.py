@@ -70,6 +70,36 @@ class BundleInfo:
         except (KeyError, ValueError, TypeError):
             return {}
 
+    @property
+    def pictures(self) -> str | None:
+        """What the bundle makes of pictures: "semantic", "instances" or "panoptic"; None for a bundle of scans.
+
+        Its metadata says so under network_data_format.post_processed_outputs.pred: two axes in "spatial_shape", and
+        in "format" "instances", "panoptic", or anything else for classes.
+        """
+        output = self._post_processed
+        if len(output.get("spatial_shape", ())) != 2:
+            return None
+        kind = str(output.get("format"))
+        return kind if kind in ("instances", "panoptic") else "semantic"
+
+    @property
+    def stuff(self) -> list[int]:
+        """The numbers of classes that are not counted, of a bundle of pictures; "stuff" beside its "format"."""
+        return [int(number) for number in self._post_processed.get("stuff", ())]
+
+    @property
+    def _post_processed(self) -> dict[str, Any]:
+        try:
+            return dict(self.metadata["network_data_format"]["post_processed_outputs"]["pred"])
+        except (KeyError, ValueError, TypeError):
+            return {}
+
+    @property
+    def has_code(self) -> bool:
+        """Whether there are Python files in it, beside the expressions in its configs."""
+        return any(self.path.rglob("*.py"))
+
     def require_trust(self, trusted: bool) -> None:
         """UntrustedBundle unless the bundle ships with medseg3d or somebody trusts it: its configs run as code."""
         if not self.shipped and not trusted:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle, shipped_bundles
 from medseg3d.cli_arguments import OUTPUT_TYPES, argument_parser
 from medseg3d.errors import in_words, is_out_of_memory
+from medseg3d.startup import quick_imports
 
 if TYPE_CHECKING:
     from medseg3d.io import Case
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 
 DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
 INTERRUPTED = 130
-_REPORTED = ("allow_non_hu", "resume", "compile", "strategy", "overlap", "mirror", "max_ram", "max_vram")
+_HOW = (
+    *("compile", "precision", "mirror", "strategy", "overlap"),
+    *("crop_body", "max_ram", "max_vram", "uncertainty", "weights"),
+)
+_FOR_SCANS = (
+    *("statistics", "plan", "allow_non_hu"),
+    *("strategy", "max_ram", "max_vram", "uncertainty", "crop_body"),
+)
 _CLEAR_LINE = "\r\x1b[K"  # of a terminal, where progress may stand
 
 
@@ -39,28 +47,34 @@ class UsageError(Exception):
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Segment scans and write the results."""
+    """Segment scans or pictures and write the results."""
     from medseg3d.batch import OutputPlan
     from medseg3d.io import find_inputs
 
     if args.output is None and not args.plan:
         raise UsageError("say with -o where the segmentation goes")
-    plan = OutputPlan(
-        Path(args.output or ".").expanduser(), OUTPUT_TYPES[args.output_type], args.statistics, args.preview
-    )
+    if len(args.model) > 1 and (args.uncertainty or args.weights):
+        given = "--uncertainty" if args.uncertainty else "--weights"
+        raise UsageError(f"{given} is for one model, got {len(args.model)}: run them one by one")
+    bundles = [find_bundle(model) for model in args.model]
+    pictures = _pictures(bundles, args)
+    target = Path(args.output or ".").expanduser()
+    suffix = "" if pictures else OUTPUT_TYPES[args.output_type]
+    plan = OutputPlan(target, suffix, args.statistics, args.preview, args.uncertainty, pictures)
     try:
-        inputs = find_inputs(args.input)
+        inputs = find_inputs(args.input, pictures is not None)
         if not args.plan:
             plan.prepare(inputs)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for path, reason in inputs.skipped:
         _say(f"skipped {path}: {reason}")
-    bundles = [find_bundle(model) for model in args.model]
     trusts = [args.trust or _asked_to_trust(bundle) for bundle in bundles]
     status = _Status(args.quiet, len(inputs.cases))
     status.show(f"loading {', '.join(bundle.name for bundle in bundles)}")
 
+    if args.own_process:
+        _import_quickly(bundles)
     from medseg3d.batch import predict_many
     from medseg3d.report.run import Stopwatch
     from medseg3d.several import SeveralModels
@@ -192,6 +206,7 @@ def doctor(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+    args.own_process = argv is None
     _set_up_messages(args.verbose)
     with contextlib.suppress(ValueError):  # not in the main thread, where signals do not come
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
@@ -215,11 +230,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OVER_MEMORY if is_out_of_memory(error) else ERROR
 
 
-def _load(bundle: BundleInfo, trust: bool, args: argparse.Namespace) -> Segmenter:
+def _pictures(bundles: Sequence[BundleInfo], args: argparse.Namespace) -> str | None:
+    """What the models make of pictures; None where they segment scans. UsageError for options that do not go along."""
+    bundle = next((bundle for bundle in bundles if bundle.pictures is not None), None)
+    if bundle is None:
+        return None
+    if len(bundles) > 1:
+        raise UsageError(f"several models at once are for scans, and {bundle.name} segments pictures: run them one by one")
+    for name in _FOR_SCANS:
+        if getattr(args, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is for scans, and {bundle.name} segments pictures: leave it out")
+    return bundle.pictures
+
+
+def _import_quickly(bundles: Sequence[BundleInfo]) -> None:
+    """Import what segments. A bundle that is configs alone names no engine in the parts that are built of it."""
+    with quick_imports(engines=any(bundle.has_code for bundle in bundles)):
+        import medseg3d.bundle
+        import medseg3d.several  # noqa: F401
+
+
+def _load(bundle: BundleInfo, trust: bool, args: argparse.Namespace) -> Any:
     from medseg3d.bundle import load_model
 
-    names = ("device", "compile", "precision", "mirror", "strategy", "overlap", "max_ram", "max_vram")
-    return load_model(bundle.path, trust=trust, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in _HOW}
+    # A relative path could be the name of a model that ships.
+    return load_model(bundle.path.absolute(), trust=trust, device=args.device, **options)
 
 
 def _print_plans(cases: Sequence[Case], segmenter: Any, models: Sequence[Segmenter], allow_non_hu: bool) -> int:
@@ -288,12 +324,13 @@ def _write_report(
     from medseg3d.report.run import run_report, write_run_report
 
     cuda = segmenter.device.type == "cuda"
+    options = {name: getattr(args, name) for name in ("allow_non_hu", "resume", *_HOW)}
     report = run_report(
         model=segmenter.record,
         cases=records,
         device=segmenter.describe_device(),
         threads=torch.get_num_threads(),
-        options={name: getattr(args, name) for name in _REPORTED} | {"precision": segmenter.precision},
+        options=options | {"precision": segmenter.precision},
         seconds=seconds,
         device_peak_memory_mb=torch.cuda.max_memory_allocated(segmenter.device) / 2**20 if cuda else None,
         warnings=segmenter.notes,

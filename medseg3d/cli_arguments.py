@@ -42,34 +42,45 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
 
 
 def _add_predict(verbs: Any) -> None:
-    verb = _verb(verbs, "predict", "segment CT scans")
+    verb = _verb(verbs, "predict", "segment CT scans, or pictures with a model of pictures")
     verb.add_argument(
         "-i", "--input", nargs="+", required=True, metavar="SCAN",
-        help="NIfTI, NRRD or MHA file, DICOM folder or zip, folder of these, or pattern; several are taken",
+        help="NIfTI, NRRD or MHA file, DICOM folder or zip, folder of these, or pattern; several are taken; PNG, JPEG, "
+        "TIFF and BMP files for a model of pictures",
     )  # fmt: skip
     verb.add_argument(
         "-o", "--output", metavar="PATH",
-        help="file (.nii.gz, .nii, .nrrd, .mha) for one scan, else a folder; files there are named <scan>_seg",
+        help="file (.nii.gz, .nii, .nrrd, .mha; .png, .tif of a picture) for one scan, else a folder; files there are "
+        "named <scan>_seg",
     )  # fmt: skip
     verb.add_argument(
         "-m", "--model", nargs="+", default=[DEFAULT_MODEL],
         help="name, or folder or zip of a MONAI bundle; earlier ones of several have priority (default: "
         f"{DEFAULT_MODEL})",
     )  # fmt: skip
+    verb.add_argument(
+        "--weights", nargs="+", metavar="FILE",
+        help="weights of the network instead of the model's own, each a path or a file of the bundle's models folder; "
+        "the logits of several are averaged",
+    )  # fmt: skip
     _add_device(verb)
     verb.add_argument(
         "-s", "--statistics", action="store_true", help="write volume, HU and place of each organ, as JSON and CSV"
     )
     verb.add_argument(
-        "-p", "--preview", action="store_true", help="write a PNG of three planes with the organs in colour"
+        "-p", "--preview", action="store_true", help="write a PNG of three planes with the organs in colour, or of the picture"
     )
+    verb.add_argument(
+        "--uncertainty", choices=("entropy", "margin"),
+        help="write how sure the network is of each voxel, 0 to 1, as <scan>.entropy.nii.gz (high where it is unsure) "
+        "or <scan>.margin.nii.gz (low there)",
+    )  # fmt: skip
     verb.add_argument("-rp", "--report", nargs="?", const="", metavar="PATH", help="write a JSON record of the run")
     verb.add_argument(
         "-ot",
         "--output-type",
         choices=sorted(OUTPUT_TYPES),
-        default="nifti",
-        help="format in a folder (default: nifti)",
+        help="format in a folder of scans (default: nifti)",
     )
     verb.add_argument(
         "--resume", action="store_true", help="pass over cases in the output folder that an earlier run finished"
@@ -97,6 +108,10 @@ def _add_predict(verbs: Any) -> None:
     verb.add_argument(
         "--mirror", action="store_true",
         help="average over each window and its mirror image, left for right, in twice the time",
+    )  # fmt: skip
+    verb.add_argument(
+        "--crop-body", action="store_true",
+        help="lay windows over the box of the body only: faster where there is much air; what is left out is told",
     )  # fmt: skip
     verb.add_argument(
         "--plan", action="store_true",

@@ -6,11 +6,13 @@ of the scan. The same labels come of slabs, and of interpolating only where labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose, EnsureTyped, Invertd
 from torch import nn
@@ -18,8 +20,14 @@ from torch import nn
 from medseg3d.data.transforms import LabelsOnInputGridd, applied_frame
 from medseg3d.geometry import Geometry
 from medseg3d.inference import Downsampled, Slices, SubVolumes
-from medseg3d.inference.grid_map import AxisMap, along, between
+from medseg3d.inference.body import body_on_grid
+from medseg3d.inference.grid_map import AxisMap, along, between, edge_to_edge, through
+from medseg3d.inference.onto_grid import labels_onto
+from medseg3d.inference.slabs import Slab
 from medseg3d.inference.strategy import Strategy
+from medseg3d.inference.uncertainty import Watch
+from medseg3d.io.voxels import c_ordered
+from medseg3d.volume import Volume
 
 STRATEGIES: dict[str, type[Strategy]] = {"sub-volumes": SubVolumes, "slices": Slices, "downsampled": Downsampled}
 INTERPOLATE, MOVE_LABELS = 1, 0
@@ -53,6 +61,33 @@ class Recipe:
         if self.by_frame:
             return along(applied_frame(image).inverse(), self.order)
         return _as_inverted(Geometry(tuple(image.shape[1:]), image.affine.cpu().numpy()), scan, self.order)
+
+    def labels(
+        self,
+        image_BC: torch.Tensor,
+        maps: Sequence[AxisMap],
+        network: Callable,
+        timed: Callable[[Iterable[Slab]], Iterable[Slab]] = iter,
+        uncertainty: str | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels on the scan's grid and, if it is asked for, how sure the network is there, in one pass of it.
+
+        Args:
+            image_BC: the preprocessed image (1, C, *spatial).
+            maps: from its grid to the scan's, see :meth:`maps`.
+            network: as the strategy takes it.
+            timed: hands the network's slabs on, one by one as they come.
+            uncertainty: "entropy" or "margin"; None for none.
+        """
+        strategy = self.strategy
+        slabs: Iterable[Slab] = strategy.slabs(image_BC, network)
+        if isinstance(strategy, Downsampled):  # straight from its small grid to the scan's
+            slabs = (strategy.small(image_BC, network) for _ in range(1))
+            maps = through(maps, edge_to_edge(strategy.size, image_BC.shape[2:]))
+        if uncertainty is None:
+            return labels_onto(timed(slabs), maps, self.softmax), None
+        watch = Watch(uncertainty)
+        return labels_onto(watch.each(timed(slabs)), maps, self.softmax), watch.onto(maps)
 
 
 def find_recipe(inferer: Any, postprocessing: Callable) -> Recipe | None:
@@ -183,3 +218,38 @@ def strategy_named(name: str, network: nn.Module, own: Strategy | None) -> Strat
         )
     kind = STRATEGIES[name]
     return own if isinstance(own, kind) else kind(96) if kind is SubVolumes else kind()
+
+
+def cropped_to_body(inferer: Any, image: Any, volume: Volume) -> SubVolumes:
+    """An inferer of windows that lays them over the box of the body only.
+
+    The body is looked for in the scan's own voxels: what preprocessing makes of air and tissue is not known.
+
+    Args:
+        image: (C, D, H, W), a MetaTensor: the preprocessed scan.
+        volume: the scan, in HU.
+    """
+    strategy = as_strategy(inferer)
+    assert isinstance(strategy, SubVolumes)
+    grid = Geometry(tuple(image.shape[1:]), image.affine.cpu().numpy())
+    box = body_on_grid(volume.array, volume.geometry, grid)
+    return strategy.changed(crop=lambda image_C: box)
+
+
+def as_loaded(volume: Volume) -> MetaTensor:
+    """What MONAI's ``LoadImaged`` would have given for the same file, read by medseg3d's own readers."""
+    affine = torch.from_numpy(volume.affine.copy())
+    meta = {
+        "original_affine": affine.clone(),
+        "spatial_shape": np.array(volume.shape),
+        "original_channel_dim": "no_channel",
+        "filename_or_obj": str(volume.header.get("path", "")),
+        "space": "RAS",
+    }
+    return MetaTensor(torch.from_numpy(c_ordered(volume.array, np.float32)), affine=affine, meta=meta)
+
+
+def as_prediction(labels: np.ndarray, affine: np.ndarray) -> MetaTensor:
+    """A label map (D, H, W) on the grid of the scan as the (1, D, H, W) that post-processing takes."""
+    tensor = torch.from_numpy(np.ascontiguousarray(labels))[None]
+    return MetaTensor(tensor, affine=torch.from_numpy(affine.copy()))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from medseg3d.errors import in_words
-from medseg3d.inference.augmentation import Flips
+from medseg3d.inference import CoarseToFine, Slices
+from medseg3d.inference.augmentation import Flips, mirrored_slices
+from medseg3d.inference.ensemble import Ensemble
 from medseg3d.inference.precision import Precision, choose_precision, in_precision
 
 T = TypeVar("T")
@@ -56,6 +59,7 @@ class Runner:
         example: Callable[[], torch.Tensor] | None,
         warnings: list[str],
         laterality_axis: int = 0,
+        strategy: Any = None,
     ) -> T:
         """``infer`` with the network as it is to be run.
 
@@ -65,6 +69,7 @@ class Runner:
                 its time yet: float32 then.
             warnings: what the user should know is added.
             laterality_axis: the spatial axis that runs from one side of the patient to the other.
+            strategy: what ``infer`` gives the network to, where that is known: mirror images of slices differ.
         """
         self.choose(example, warnings)
         failure = ""
@@ -72,10 +77,10 @@ class Runner:
             if self._compiled is None:
                 self._compiled = torch.compile(self._precise)
             try:
-                return infer(self._mirrored(self._compiled, laterality_axis))
+                return infer(self._mirrored(self._compiled, laterality_axis, strategy))
             except Exception as error:  # of the tracer, of a compiler, or the bundle's own, which comes again below
                 failure = textwrap.shorten(in_words(error), 200, placeholder=" ...")
-        result = infer(self._mirrored(self._precise, laterality_axis))
+        result = infer(self._mirrored(self._precise, laterality_axis, strategy))
         if failure:
             self.compiles = False
             warnings.append(f"the network could not be compiled and ran as it is, which is slower: {failure}")
@@ -92,10 +97,24 @@ class Runner:
                 warnings.append(f"{self.wanted} was asked for, but the network runs in {self.precision.reason}")
             return
         self.precision = choose_precision(self.network, example(), self.device, self.wanted)
-        self._precise = in_precision(self.network, self.precision.dtype, self.precision.autocast)
+        change = partial(in_precision, dtype=self.precision.dtype, autocast=self.precision.autocast)
+        network = self.network
+        # One by one, so that each still shows its last layer.
+        self._precise = network.each(change) if isinstance(network, Ensemble) else change(network)
 
-    def _mirrored(self, network: Callable, laterality_axis: int) -> Callable:
+    @property
+    def reason(self) -> str:
+        """In which precision the network runs, and why that was chosen."""
+        if self.precision is not None:
+            return self.precision.reason
+        return "float32" if self.wanted in ("auto", "fp32") else self.wanted
+
+    def _mirrored(self, network: Callable, laterality_axis: int, strategy: Any) -> Callable:
         if not self.mirror:
             return network
         axes = (laterality_axis,) if self.mirror is True else tuple(self.mirror)
+        if isinstance(strategy, CoarseToFine):
+            raise ValueError("one organ has no mirror image on the patient's other side: leave mirror out")
+        if isinstance(strategy, Slices):
+            return mirrored_slices(network, strategy, axes, laterality_axis=laterality_axis, pairs=self.pairs)
         return Flips(network, axes, self.pairs, laterality_axis)

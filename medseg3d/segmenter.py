@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +17,21 @@ import torch
 
 from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.geometry import Geometry
-from medseg3d.inference import CoarseToFine, Downsampled, Slices, SubVolumes
+from medseg3d.inference import CoarseToFine, SubVolumes
 from medseg3d.inference.augmentation import side_pairs
+from medseg3d.inference.body import crop_record, told
 from medseg3d.inference.device import device_name
-from medseg3d.inference.grid_map import edge_to_edge, through
 from medseg3d.inference.memory import keep_freed_memory
-from medseg3d.inference.onto_grid import labels_onto
-from medseg3d.inference.strategy import plain
-from medseg3d.io import LabelTable, as_volume, write_label_map
+from medseg3d.inference.strategy import Strategy, plain
+from medseg3d.inference.uncertainty import check_kind
+from medseg3d.io import LabelTable, as_volume
 from medseg3d.io.labels import unnamed_labels
-from medseg3d.planning import Plan, make_plan, peak_memory
-from medseg3d.recipe import Recipe, as_strategy, find_recipe
-from medseg3d.report.preview import preview, write_preview
+from medseg3d.planning import Afterwards, Plan, Room, make_plan, what_follows
+from medseg3d.recipe import Recipe, as_loaded, as_prediction, as_strategy, cropped_to_body, find_recipe
 from medseg3d.report.run import Stopwatch
-from medseg3d.report.statistics import statistics
 from medseg3d.runner import Runner
+from medseg3d.segmentation import Scan, Segmentation
+from medseg3d.trial import peak_memory, windows_of
 from medseg3d.volume import Volume
 
 if TYPE_CHECKING:
@@ -40,61 +40,6 @@ if TYPE_CHECKING:
 
 # To choose a precision takes the time of two or three windows.
 WORTH_A_CHOICE = 6
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """What a model made of one scan.
-
-    Attributes:
-        segmentation: label map on the scan's own grid, uint8 or uint16.
-        image: the scan as it was read.
-        table: names and colours of the labels.
-        model_name: name and version of the model.
-        warnings: what the user should know, one sentence each.
-        seconds: time of each stage.
-    """
-
-    segmentation: Volume
-    image: Volume
-    table: LabelTable
-    model_name: str
-    warnings: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def labels(self) -> dict[int, str]:
-        """Label number -> name."""
-        return dict(self.table.names)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the label map; the suffix chooses the format (.nii.gz, .nii, .nrrd, .mha). Names travel with it."""
-        return write_label_map(self.segmentation, path, self.table)
-
-    def statistics(self) -> dict[str, Any]:
-        """Volume, intensities and place of every organ, see :func:`medseg3d.report.statistics.statistics`."""
-        return statistics(self.segmentation, self.image, self.labels)
-
-    def preview(self, path: str | Path, title: str | None = None) -> Path:
-        """Write a PNG of three planes through the segmentation with a legend."""
-        name = title or Path(str(self.image.header.get("path", "scan"))).name
-        picture = preview(self.segmentation, self.image, self.labels, self.table.colors, name, self.model_name)
-        return write_preview(path, picture)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A scan that was read and found fit for a model.
-
-    Attributes:
-        volume: its voxels and grid.
-        warnings: what the user should know, one sentence each.
-        seconds: time of each stage so far.
-    """
-
-    volume: Volume
-    warnings: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Segmenter:
@@ -118,7 +63,16 @@ class Segmenter:
             known by their names, change places.
         max_ram, max_vram: bytes that the process and the device may hold; what has to be given up for it, a warning
             tells.
+        uncertainty: "entropy" or "margin": how sure the network is of each voxel, made with the labels, see
+            :mod:`medseg3d.inference.uncertainty`.
+        crop_body: lay windows over the box of the body only; what is left out, a warning tells.
+
+    Raises:
+        ValueError: ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; or there
+            are no windows, or no Hounsfield units, to crop.
     """
+
+    pictures = None  # for scans, see `medseg3d.pictures`
 
     def __init__(
         self,
@@ -137,6 +91,8 @@ class Segmenter:
         mirror: bool | Sequence[int] = False,
         max_ram: int | None = None,
         max_vram: int | None = None,
+        uncertainty: str | None = None,
+        crop_body: bool = False,
     ) -> None:
         self.network = network
         self.preprocessing = preprocessing
@@ -149,7 +105,19 @@ class Segmenter:
         self.record = dict(record or {})
         self.notes = tuple(notes)
         self.max_ram, self.max_vram = max_ram, max_vram
+        self.uncertainty = None if uncertainty is None else check_kind(uncertainty)
+        self.room = Room(device, max_vram, planned=self.limited)
         self.runner = Runner(network, device, precision, compile, mirror, side_pairs(table.names))
+        self.crop_body = crop_body
+        if crop_body and not (expects_hu and isinstance(as_strategy(inferer), SubVolumes)):
+            raise ValueError(f"{name} does not lay windows over a CT, so they cannot be cropped to the body")
+        recipe = find_recipe(inferer, postprocessing)
+        if uncertainty is not None and (recipe is None or isinstance(recipe.strategy, CoarseToFine)):
+            raise ValueError(
+                f"what {name} does after its network is carried out as it stands, and gives no {uncertainty}: that "
+                "takes an inferer that gives logits, and post-processing that begins with softmax, argmax and the way "
+                "back to the scan's grid; leave uncertainty out"
+            )
 
     @property
     def labels(self) -> dict[int, str]:
@@ -190,16 +158,19 @@ class Segmenter:
         stopwatch = Stopwatch(progress)
         volume, warnings = scan.volume, [*scan.warnings]
         with stopwatch.stage("preprocess"):
-            data = self.preprocessing({"image": _meta_tensor(volume)})
+            data = self.preprocessing({"image": as_loaded(volume)})
         with keep_freed_memory() if self.device.type == "cpu" else nullcontext(), torch.inference_mode():
             data, rest = self._labels(data, volume, warnings, stopwatch)
+            uncertainty, crop = data.pop("uncertainty", None), data.pop("crop", None)
             with stopwatch.stage("postprocess"):
                 labels = self._label_map(rest(data)["pred"], volume)
             del data  # what the windows left is given back too
         if not labels.any():
             warnings.append(f"nothing was found: does the scan show the part of the body that {self.name} is made for?")
         seconds = {**scan.seconds, **stopwatch.seconds}
-        return Segmentation(volume.with_array(labels), volume, self.table, self.name, tuple(warnings), seconds)
+        unsure = None if uncertainty is None else volume.with_array(uncertainty)
+        own = volume.with_array(labels)
+        return Segmentation(own, volume, self.table, self.name, tuple(warnings), seconds, unsure, crop)
 
     def plan(self, scan: Scan) -> Plan:
         """How :meth:`segment` will do a scan and what that will take; one window of it is tried.
@@ -208,18 +179,35 @@ class Segmenter:
             ValueError: the bundle does more than the usual at its end, so that it is carried out as it stands.
             OverMemoryLimit: the scan does not fit into ``max_ram`` and ``max_vram``.
         """
-        recipe = self._recipe()
-        if recipe is None:
+        stopwatch = Stopwatch()
+        with peak_memory(torch.device("cpu")) as before, stopwatch.stage("preprocess"):
+            data = self.preprocessing({"image": as_loaded(scan.volume)})
+        recipe = self._recipe(self._inferer(data["image"], scan.volume))
+        follows = None
+        if recipe is not None:
+            with suppress(ValueError):  # grids oblique to each other
+                follows = what_follows(recipe, data, scan.volume, self.table)
+        if recipe is None or follows is None:
             raise ValueError(
                 f"what {self.name} does after its network is carried out as it stands, and cannot be planned"
             )
-        with peak_memory(torch.device("cpu")) as before:
-            image = self.preprocessing({"image": _meta_tensor(scan.volume)})["image"]
-        plan = self._plan(recipe, image, scan.volume, [])
-        return replace(plan, ram=max(plan.ram, before.held + before.ram))
+        with keep_freed_memory() if self.device.type == "cpu" else nullcontext(), stopwatch.stage("plan"):
+            plan = self._plan(recipe, data["image"], scan.volume, [], stopwatch, follows)
+        spent = {**scan.seconds, **stopwatch.seconds}
+        if not self.limited:  # then nothing is planned in a run
+            del spent["plan"]
+        return replace(plan.after(spent), ram=max(plan.ram, before.held + before.ram))
 
-    def _recipe(self) -> Recipe | None:
-        recipe = find_recipe(self.inferer, self.postprocessing)
+    @property
+    def limited(self) -> bool:
+        """Whether memory has a limit."""
+        return (self.max_ram, self.max_vram) != (None, None)
+
+    def _inferer(self, image: torch.Tensor, volume: Volume) -> Callable:
+        return cropped_to_body(self.inferer, image, volume) if self.crop_body else self.inferer
+
+    def _recipe(self, inferer: Callable) -> Recipe | None:
+        recipe = find_recipe(inferer, self.postprocessing)
         if recipe is None or self.device.type != "cpu":
             return recipe
         strategy = recipe.strategy
@@ -228,14 +216,32 @@ class Segmenter:
             return replace(recipe, strategy=strategy.changed(batch_size=1))
         return recipe
 
-    def _plan(self, recipe: Recipe, image: torch.Tensor, volume: Volume, warnings: list[str]) -> Plan:
-        image_BCDHW = plain(image)[None].to(self.device)
+    def _example(self, strategy: Strategy | None, image_BCDHW: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """What gives a window to choose the precision by; None where none is known, or it is not worth its time."""
+        if strategy is None or (self.runner.wanted == "auto" and windows_of(strategy, image_BCDHW) < WORTH_A_CHOICE):
+            return None
+        return partial(strategy.example, image_BCDHW)
+
+    def _plan(
+        self,
+        recipe: Recipe,
+        image: torch.Tensor,
+        volume: Volume,
+        warnings: list[str],
+        stopwatch: Stopwatch,
+        follows: Afterwards | None = None,
+    ) -> Plan:
+        image_BCDHW = self.room.place(plain(image)[None], recipe.strategy)
+        example = self._example(recipe.strategy, image_BCDHW)
 
         def plan(network: Callable) -> Plan:
             limits = self.max_ram, self.max_vram
-            return make_plan(recipe.strategy, recipe.order, image_BCDHW, volume.shape, network, *limits)
+            return make_plan(recipe.strategy, recipe.order, image_BCDHW, volume.shape, network, *limits, follows)
 
-        return self.runner(plan, partial(recipe.strategy.example, image_BCDHW), warnings)
+        if self.runner.wanted != "fp32":
+            with stopwatch.stage("precision"):
+                self.runner.choose(example, warnings)
+        return self.runner(plan, example, warnings, _laterality_axis(image), recipe.strategy)
 
     def predict_many(
         self, inputs: Sequence[str | Path] | str | Path, output_dir: str | Path, resume: bool = False, **options: Any
@@ -248,9 +254,7 @@ class Segmenter:
     @property
     def precision(self) -> str:
         """In which precision the network runs, and why it was chosen."""
-        chosen = self.runner.precision
-        wanted = self.runner.wanted
-        return chosen.reason if chosen is not None else "float32" if wanted in ("auto", "fp32") else wanted
+        return self.runner.reason
 
     def describe_device(self) -> str:
         """Where the network runs, for reports."""
@@ -261,57 +265,58 @@ class Segmenter:
     ) -> tuple[dict[str, Any], Callable]:
         """The scan with its "pred", and the post-processing that is left.
 
-        Where the bundle does the usual, "pred" is a label map on the scan's own grid already, made in slabs; else it is
-        what the inferer returns.
+        Where the bundle does the usual, "pred" is a label map on the scan's own grid already, made in slabs, and
+        "uncertainty" is there if it was asked for; else "pred" is what the inferer returns.
         """
         image = data["image"]
-        recipe = self._recipe()
-        limited = (self.max_ram, self.max_vram) != (None, None)
+        inferer = self._inferer(image, volume)
+        recipe = self._recipe(inferer)
         maps = None
         if recipe is not None:
-            if limited:
+            if self.limited:
                 with stopwatch.stage("plan"):
-                    plan = self._plan(recipe, image, volume, warnings)
+                    plan = self._plan(recipe, image, volume, warnings, stopwatch)
                 recipe = replace(recipe, strategy=plan.strategy, order=plan.order)
                 warnings += [f"to stay within the memory that is allowed: {step}" for step in plan.steps]
             with suppress(ValueError):  # grids oblique to each other: the bundle's own way back is taken
                 maps = recipe.maps(image, volume.geometry)
-        if limited and maps is None:
+        if self.limited and maps is None:
             warnings.append("the limit of memory is not kept: what the bundle does is carried out as it stands")
+        if self.uncertainty is not None and maps is None:
+            raise ValueError(
+                f"{self.uncertainty} goes onto the scan's grid only where its axes are parallel to those of the "
+                "network's grid, and those of this scan are oblique: leave uncertainty out"
+            )
         with stopwatch.stage("network"):
-            image_BCDHW = plain(image)[None].to(self.device)
-        strategy = as_strategy(self.inferer)
-        example = None
-        if strategy is not None:
-            few = self.runner.wanted == "auto" and strategy.count(image_BCDHW.shape[2:]) < WORTH_A_CHOICE
-            example = None if few else partial(strategy.example, image_BCDHW)
+            image_BCDHW = self.room.place(plain(image)[None], recipe.strategy if recipe else None)
+        strategy = as_strategy(inferer)
+        example = self._example(strategy, image_BCDHW)
+        if isinstance(strategy, SubVolumes) and strategy.crop is not None:
+            box, size = strategy.box(image_BCDHW), image_BCDHW.shape[2:]
+            data = {**data, "crop": crop_record(box, size)}
+            warnings += [told(box, size)] if data["crop"]["left_out"] else []
         sides = _laterality_axis(image)
-        if self.runner.mirror and isinstance(strategy, Slices | CoarseToFine):
-            raise ValueError("mirror images are of sub-volumes and whole volumes, not of slices: leave mirror out")
         if self.runner.wanted != "fp32":
             with stopwatch.stage("precision"):
                 self.runner.choose(example, warnings)
         if recipe is None or maps is None:
             with stopwatch.stage("network"):
-                whole = self.runner(
-                    lambda network: self.inferer(image[None].to(self.device), network), example, warnings, sides
-                )
+                stands = partial(inferer, image[None].to(self.device))
+                whole = self.runner(stands, example, warnings, sides, strategy)
             return {**data, "pred": whole[0].float().cpu()}, self.postprocessing
+        timed = partial(stopwatch.each, "network")
 
-        def label_map(network: Callable) -> np.ndarray:
-            strategy = recipe.strategy
-            if isinstance(strategy, Downsampled):  # straight from its small grid to the scan's
-                with stopwatch.stage("network"):
-                    small = strategy.small(image_BCDHW, network)
-                own = edge_to_edge(strategy.size, image_BCDHW.shape[2:])
-                return labels_onto([small], through(maps, own), recipe.softmax)
-            slabs = stopwatch.each("network", strategy.slabs(image_BCDHW, network))
-            return labels_onto(slabs, maps, recipe.softmax)
+        def make(network: Callable) -> tuple[np.ndarray, np.ndarray | None]:
+            def labels(strategy: Strategy, image_BCDHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+                own = replace(recipe, strategy=strategy)
+                return own.labels(image_BCDHW, maps, network, timed=timed, uncertainty=self.uncertainty)
+
+            return self.room.run(labels, recipe.strategy, image_BCDHW, network, warnings)
 
         with stopwatch.stage("labels"):
-            labels = self.runner(label_map, example, warnings, sides)
-        data["pred"] = _on_grid(labels, volume)
-        return data, recipe.rest
+            labels, uncertainty = self.runner(make, example, warnings, sides, strategy)
+        data["pred"] = as_prediction(labels, volume.affine)
+        return data if uncertainty is None else {**data, "uncertainty": uncertainty}, recipe.rest
 
     def _label_map(self, prediction: torch.Tensor, volume: Volume) -> np.ndarray:
         """(D, H, W) labels; an error unless the bundle brought its prediction back to the input's own grid."""
@@ -333,29 +338,6 @@ class Segmenter:
         if unknown:
             raise ValueError(f"the model gave labels {sorted(unknown)} that its metadata.json does not name")
         return labels.astype(np.uint8 if max(self.table.names, default=0) <= 255 else np.uint16, copy=False)
-
-
-def _meta_tensor(volume: Volume) -> Any:
-    """What MONAI's ``LoadImaged`` would have given for the same file, read by medseg3d's own readers."""
-    from monai.data import MetaTensor
-
-    affine = torch.from_numpy(volume.affine.copy())
-    meta = {
-        "original_affine": affine.clone(),
-        "spatial_shape": np.array(volume.shape),
-        "original_channel_dim": "no_channel",
-        "filename_or_obj": str(volume.header.get("path", "")),
-        "space": "RAS",
-    }
-    return MetaTensor(torch.from_numpy(np.array(volume.array, np.float32, order="C")), affine=affine, meta=meta)
-
-
-def _on_grid(labels: np.ndarray, volume: Volume) -> Any:
-    """A label map (D, H, W) on the grid of the scan as the (1, D, H, W) that post-processing takes."""
-    from monai.data import MetaTensor
-
-    tensor = torch.from_numpy(np.ascontiguousarray(labels))[None]
-    return MetaTensor(tensor, affine=torch.from_numpy(volume.affine.copy()))
 
 
 def _laterality_axis(image: Any) -> int:

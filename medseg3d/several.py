@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from medseg3d.inference.ensemble import merge_label_maps
-from medseg3d.segmenter import Scan, Segmentation, Segmenter
+from medseg3d.segmentation import Scan, Segmentation
+from medseg3d.segmenter import Segmenter
 
 
 class SeveralModels:
@@ -24,12 +25,16 @@ class SeveralModels:
         unite: labels of the same name become one.
 
     Raises:
-        ValueError: there is no model, or two have a label name in common and ``unite`` is false.
+        ValueError: there is no model, one has uncertainty, or two have a label name in common and ``unite`` is false.
     """
+
+    pictures = None  # for scans, as its models
 
     def __init__(self, models: Sequence[Segmenter], unite: bool = False) -> None:
         if not models:
             raise ValueError("several models are one or more, got none")
+        if any(model.uncertainty for model in models):
+            raise ValueError("uncertainty is of one model's classes: load several without it, or run them one by one")
         self.models = tuple(models)
         self.unite = unite
         nothing = [np.zeros((1, 1, 1), np.uint8)] * len(models)

@@ -26,9 +26,11 @@ FLAGS = {
         "-i --input",
         "-o --output",
         "-m --model",
+        "--weights",
         "-d --device",
         "-s --statistics",
         "-p --preview",
+        "--uncertainty",
         "-rp --report",
         "-ot --output-type",
         "--resume",
@@ -40,6 +42,7 @@ FLAGS = {
         "--plan",
         "--max-ram",
         "--max-vram",
+        "--crop-body",
         "--allow-non-hu",
         "--trust",
     },
@@ -98,6 +101,7 @@ def test_defaults(monkeypatch):
     assert (args.model, args.device, args.output_type, args.report) == (["headneck_ct_unet"], "auto", "nifti", None)
     assert (args.precision, args.strategy, args.overlap) == ("auto", None, None)
     assert (args.mirror, args.plan, args.max_ram, args.max_vram) == (False, False, None, None)
+    assert (args.weights, args.uncertainty, args.crop_body) == (None, None, False)
     monkeypatch.setenv("MEDSEG3D_DEVICE", "cpu")
     assert cli._parser().parse_args(["predict", "-i", "a", "-o", "b"]).device == "cpu"
 
@@ -228,9 +232,12 @@ def test_report(predict, ct_file, tmp_path):
         "strategy": None,
         "overlap": None,
         "mirror": False,
+        "crop_body": False,
         "max_ram": None,
         "max_vram": None,
         "precision": "float32",
+        "uncertainty": None,
+        "weights": None,
     }
     assert set(report["seconds"]) == {"load model", "cases"}
     (case,) = report["cases"]

@@ -43,7 +43,7 @@ def test_commands_are_understood(command):
     assert cli._parser().parse_args(arguments[1:]).function is cli.predict
 
 
-@pytest.mark.parametrize("text", blocks("json"))
+@pytest.mark.parametrize("text", [text for text in blocks("json") if "inferer" in text])
 def test_inferers_can_be_built(text):
     config = json.loads(text)["inferer"]
     module, _, name = config.pop("_target_").rpartition(".")

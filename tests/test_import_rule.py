@@ -14,45 +14,47 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module may import what lies on lower floors, and its own package. "medseg3d" is the package's
 # own __init__, which names what is public.
 FLOORS = [
-    {"interpolation", "resources", "version", "errors"},
-    {"geometry"},
+    {"interpolation", "resources", "version", "errors", "startup"},
+    {"geometry", "tasks"},
     {"volume"},
     {"io", "layers", "losses", "metrics", "catalogue"},
     {"data", "networks", "flops"},
     {"inference", "checkpoints", "compatibility"},
     {"report", "recipe", "runner"},
+    {"trial", "segmentation"},
     {"planning"},
-    {"training", "segmenter", "several", "batch"},
+    {"training", "segmenter", "several", "batch", "pictures"},
     {"bundle", "compare"},
     {"medseg3d", "doctor", "cli_arguments"},
     {"cli"},
     {"__main__"},
 ]
 # Files of one room: a Segmenter, or several of them, predict many cases by the code in batch.py.
-NEIGHBOURS = [{"segmenter", "several", "batch"}]
+NEIGHBOURS = [{"segmenter", "several", "batch", "pictures"}]
 # Where less is allowed than all that lies below.
 ONLY = {
-    "io": {"volume", "geometry"},
+    "io": {"volume", "geometry", "tasks"},
     "layers": set(),
     "losses": set(),
-    "metrics": {"geometry"},
-    "data": {"io", "volume", "geometry", "resources"},
+    "metrics": {"geometry", "tasks"},
+    "data": {"io", "volume", "geometry", "resources", "tasks"},
     "networks": {"layers"},
     "checkpoints": {"io", "layers", "networks", "version"},
     "compatibility": {"layers", "networks"},
     "cli_arguments": {"catalogue", "version"},
-    "inference": {"io", "volume", "geometry", "interpolation"},  # networks and transforms arrive as callables
+    "inference": {"io", "volume", "geometry", "interpolation", "tasks"},  # networks and transforms arrive as callables
 }
 THIRD_PARTY_ONLY = {
     "interpolation": {"numpy"},
     "geometry": {"numpy"},
     "volume": {"numpy"},
+    "tasks": {"numpy", "scipy"},
     "layers": {"torch"},
     "networks": {"torch"},
     "losses": {"torch"},
     "checkpoints": {"torch", "numpy", "safetensors"},
     "metrics": {"numpy", "scipy"},
-    "report": {"numpy", "scipy", "PIL"},
+    "report": {"numpy", "scipy", "PIL", "cc3d"},
 }
 FILE_FORMATS = {"nibabel", "SimpleITK", "pydicom", "isal"}  # files are opened in io and nowhere else
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,10 +12,19 @@ import torch
 from torch import nn
 
 import medseg3d as ms
-from medseg3d import planning
+from medseg3d import planning, segmenter, trial
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.inference import Downsampled, Slices, SubVolumes
-from medseg3d.planning import GIB, OverMemoryLimit, Plan, WindowCost, make_plan, measure_window, peak_memory
+from medseg3d.inference.grid_map import edge_to_edge
+from medseg3d.planning import (
+    GIB,
+    OverMemoryLimit,
+    Plan,
+    Room,
+    make_plan,
+    windows_in,
+)
+from medseg3d.trial import Afterwards, Peak, WindowCost, measure_window, peak_memory
 from tests import tiny_bundles as tiny
 
 IMAGE = torch.zeros(1, 1, 40, 24, 24)
@@ -91,9 +101,11 @@ def test_only_what_there_is_can_be_given_up(strategy, order, steps):
 def test_windows_leave_an_accelerator_before_their_sums_lose_precision():
     rungs = list(planning._ladder(SubVolumes(16, batch_size=2), 1, torch.device("cuda")))
     steps = [step for *_, step in rungs]
-    assert steps == [STEPS[0], "windows are blended in the memory of the CPU", *STEPS[1:]]
-    assert [str(strategy.device) for strategy, *_ in rungs] == ["None", "cpu", "cpu", "cpu"]
-    given = SubVolumes(16, device="cpu")
+    graph, blending = "no CUDA graph of the network", "windows are blended in the memory of the CPU"
+    assert steps == [STEPS[0], graph, blending, *STEPS[1:]]
+    assert [str(strategy.device) for strategy, *_ in rungs] == ["None", "None", "cpu", "cpu", "cpu"]
+    assert [strategy.graph for strategy, *_ in rungs] == [True, False, False, False, False]
+    given = SubVolumes(16, device="cpu", graph=False)
     assert [step for *_, step in planning._ladder(given, 0, torch.device("cuda"))] == [STEPS[1]]
 
 
@@ -228,6 +240,126 @@ def test_what_cannot_be_planned(network, reason):
         make_plan(SubVolumes(16), 1, IMAGE, (40, 24, 24), network)
 
 
+# Room on a device
+
+
+@pytest.mark.parametrize(("room", "fit"), [(0, 1), (99, 1), (125, 1), (250, 2), (499, 3), (500, 4), (10**9, 4)])
+def test_as_many_windows_at_once_as_fit_into_four_fifths_of_the_room(room, fit):
+    assert windows_in(room, one=100, most=4) == fit
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device of 1000 bytes, 200 of them used, of which nothing more is asked than how full it is."""
+    state = SimpleNamespace(free=700, used=200, reserved=300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state.free, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state.used)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: state.reserved)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return state
+
+
+def test_a_small_image_goes_to_the_device_and_a_large_one_stays(cuda):
+    device = torch.device("cuda:0")
+
+    class Image:
+        def __init__(self, nbytes):
+            self.nbytes = nbytes
+
+        def to(self, where):
+            return where
+
+    strategy = SubVolumes(16)
+    fits, large = Image(200), Image(201)  # a quarter of 800
+    assert Room(device).place(fits, strategy) == device
+    assert Room(device).place(large, strategy) is large
+    assert Room(device).place(large, Slices()) == Room(device).place(large, None) == device, "only windows travel"
+    assert Room(torch.device("cpu")).place(large, strategy) == torch.device("cpu")
+    assert Room(device, max_vram=400).place(Image(51), strategy).nbytes == 51
+    assert Room(device, max_vram=400).place(Image(50), strategy) == device
+
+
+def on_cuda(monkeypatch, vram):
+    monkeypatch.setattr(planning, "device_of", lambda network, otherwise: torch.device("cuda:0"))
+    tried = []
+
+    def measure(strategy, image, network):
+        tried.append(strategy.batch_size)
+        return WindowCost(1.0, 0.0, 0, vram * strategy.batch_size, channels=2)
+
+    monkeypatch.setattr(planning, "measure_window", measure)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("vram", "own", "graph", "max_vram", "expected"),
+    [
+        (1, 1, False, None, 4),
+        (1, 7, False, None, 7),
+        (100, 1, False, None, 4),
+        (200, 1, False, None, 2),
+        (100, 1, True, None, 2),
+        (100, 1, False, 400, 1),
+        (10**6, 4, False, None, 1),
+    ],
+)
+def test_windows_at_once_on_a_device_follow_its_room(vram, own, graph, max_vram, expected, cuda, monkeypatch):
+    tried = on_cuda(monkeypatch, vram)
+    cuda.free = 500  # with 100 that PyTorch keeps, room for 600
+    strategy = SubVolumes(16, 0.5, batch_size=own, device="cpu", graph=graph)
+    assert planning.with_room(strategy, IMAGE, nn.Identity(), max_vram).batch_size == expected
+    assert tried == [1]
+
+
+def test_room_is_found_once_for_all_scans_unless_they_are_planned(cuda, monkeypatch):
+    tried = on_cuda(monkeypatch, vram=200)
+    cuda.free = 500
+    strategy, device = SubVolumes(16, 0.5, device="cpu", graph=False), torch.device("cuda:0")
+    seen, room = [], Room(device)
+    for _ in range(3):
+        room.run(lambda strategy, image: seen.append(strategy.batch_size), strategy, IMAGE, nn.Identity(), [])
+    assert seen == [2, 2, 2] and tried == [1]
+    planned = Room(device, planned=True)
+    planned.run(lambda strategy, image: seen.append(strategy.batch_size), strategy, IMAGE, nn.Identity(), [])
+    assert seen[-1] == 1 and tried == [1]
+
+
+def test_a_scan_is_not_lost_where_the_device_is_full():
+    tried, warnings = [], []
+
+    def make(strategy, image):
+        tried.append((strategy.batch_size, str(strategy.device), strategy.graph))
+        if str(strategy.device) != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return "labels"
+
+    room = Room(torch.device("cpu"))
+    assert room.run(make, SubVolumes(16, batch_size=3), IMAGE, nn.Identity(), warnings) == "labels"
+    assert tried == [(3, "None", True), (1, "cpu", False)]
+    assert len(warnings) == 1 and warnings[0].endswith("blended on the CPU: CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError):
+        room.run(lambda strategy, image: make(SubVolumes(16), image), SubVolumes(16), IMAGE, nn.Identity(), [])
+    with pytest.raises(torch.OutOfMemoryError):
+        room.run(lambda strategy, image: make(SubVolumes(16), image), Slices(), IMAGE, nn.Identity(), warnings)
+    assert len(warnings) == 1
+
+
+def test_a_plan_for_a_device_counts_what_it_holds_and_gives_up_the_graph(cuda, monkeypatch):
+    on_cuda(monkeypatch, vram=100)
+    cuda.free = 10**9
+    image = torch.zeros(1, 1, 200, 24, 24)
+    strategy = SubVolumes(16, 0.5, device="cpu")
+    with_graph = plan(strategy, 0, image)
+    assert with_graph.strategy.batch_size == planning.AT_ONCE_ON_GPU and with_graph.strategy.graph
+    assert with_graph.vram == 200 + 2 * 400
+    lean = plan(strategy, 0, image, max_vram=400)
+    assert lean.vram == 200 + 2 * 100 and lean.strategy.batch_size == 1 and lean.steps == ()
+    without = plan(strategy, 0, image, max_vram=399)
+    assert without.vram == 200 + 100 and without.steps == ("no CUDA graph of the network",)
+    with pytest.raises(OverMemoryLimit):
+        plan(strategy, 0, image, max_vram=299)
+
+
 # Through the segmenter
 
 
@@ -249,13 +381,84 @@ def test_what_a_limit_takes_is_told_and_the_labels_hardly_change(models, monkeyp
     expected = models.zoo.segment(scan)
     monkeypatch.setattr(planning, "current_memory", lambda: HELD)
     monkeypatch.setattr(planning, "measure_window", lambda *_: WindowCost(1.0, 0.0, 0, 0, channels=3))
-    monkeypatch.setattr("medseg3d.segmenter.peak_memory", lambda device: nullcontext(planning.Peak()))
+    monkeypatch.setattr("medseg3d.segmenter.peak_memory", lambda device: nullcontext(Peak()))
     monkeypatch.setattr(models.zoo, "max_ram", models.zoo.plan(scan).ram - 1)
     assert models.zoo.plan(scan).steps == STEPS[1:2]  # on a CPU it is one window at a time anyway
     result = models.zoo.segment(scan)
     told = [f"to stay within the memory that is allowed: {step}" for step in STEPS[1:2]]
     assert [w for w in result.warnings if w not in expected.warnings] == told
     assert np.mean(result.segmentation.array == expected.segmentation.array) > 0.98
+
+
+def test_time_is_that_of_all_stages_of_a_run(models):
+    """Under the names that a run's report has, and "write"."""
+    scan = models.own.read((tiny.ct(), tiny.LPS))
+    found, run = models.own.plan(scan), models.own.segment(scan)
+    assert set(found.stages) == {*run.seconds, "write"} and list(found.stages)[:2] == list(run.seconds)[:2]
+    assert found.seconds == pytest.approx(sum(found.stages.values()))
+    assert found.stages["read"] == scan.seconds["read"] and all(seconds > 0 for seconds in found.stages.values())
+    line = next(line for line in str(found).splitlines() if line.startswith("time: "))
+    assert all(name in line for name, seconds in found.stages.items() if seconds >= 0.05)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_precision_that_is_not_worth_its_trial_is_not_tried_for_a_plan_either(few, models, monkeypatch):
+    """Else a plan would be of another precision than the run."""
+    scan, chosen = models.own.read((tiny.ct(), tiny.LPS)), []
+    monkeypatch.setattr(segmenter, "WORTH_A_CHOICE", 10**6 if few else 0)
+    monkeypatch.setattr(models.own.runner, "wanted", "auto")
+    monkeypatch.setattr(models.own.runner, "choose", lambda example, warnings: chosen.append(example is None))
+    for step in (models.own.plan, models.own.segment):
+        step(scan)
+        assert set(chosen) == {few}
+        chosen.clear()
+
+
+def test_with_a_limit_the_plan_itself_takes_time(models, monkeypatch):
+    scan = models.own.read((tiny.ct(), tiny.LPS))
+    assert "plan" not in models.own.plan(scan).stages
+    monkeypatch.setattr(models.own, "max_ram", 10**12)
+    found, run = models.own.plan(scan), models.own.segment(scan)
+    assert found.stages["plan"] > 0 and run.seconds["plan"] > 0
+
+
+def test_a_scan_whose_axes_are_oblique_to_the_networks_cannot_be_planned(models, monkeypatch):
+    """It is carried out as it stands, every class at every voxel."""
+
+    def refuse(*_):
+        raise ValueError("oblique")
+
+    monkeypatch.setattr("medseg3d.recipe.Recipe.maps", refuse)
+    with pytest.raises(ValueError, match="cannot be planned"):
+        models.own.plan(models.own.read((tiny.ct(), tiny.LPS)))
+
+
+def test_windows_over_a_box_are_counted_there(costs):
+    image = torch.zeros(1, 1, 100, 24, 24)
+    strategy = SubVolumes(16, 0.5, batch_size=1)
+    over = plan(strategy.changed(crop=lambda image: (slice(10, 50), slice(0, 24), slice(0, 24))), image=image)
+    assert over.windows == plan(strategy, image=image[:, :, :40]).windows < plan(strategy, image=image).windows
+    assert over.stages["network"] == over.windows
+
+
+def test_what_follows_is_tried_on_a_part_and_counted_for_the_scan():
+    """The step gets labels with as many voxels a voxel of the network as the scan has; time and memory are scaled."""
+    seen = []
+    maps = edge_to_edge((20, 10, 10), (40, 20, 20))
+    follows = Afterwards(maps, steps={"write": lambda labels: (seen.append(labels), time.sleep(0.02))})
+    cost = WindowCost(1.0, 0.0, 0, 0, 2, values=torch.randn(2, 8, 6, 10))
+    seconds, _ = follows.tried(1, cost, 3, whole=False)
+    (labels,) = seen
+    assert labels.shape == (16, 12, 20) and set(seconds) == {"labels", "write"}
+    assert seconds["write"] >= 0.02 * (40 * 20 * 20) / labels.size
+
+
+def test_what_follows_is_tried_on_a_whole_small_image(monkeypatch):
+    monkeypatch.setattr(trial, "_TRIED", 1000)
+    seen = []
+    follows = Afterwards(edge_to_edge((40, 40, 40), (80, 80, 80)), steps={"write": seen.append})
+    follows.tried(0, WindowCost(1.0, 0.0, 0, 0, 2, values=torch.randn(2, 10, 10, 10)), 3, whole=True)
+    assert seen[0].shape[1:] == (80, 80) and seen[0].shape[0] == 8, "one of ten slices, each 8 times as fine"
 
 
 def test_a_bundle_that_is_carried_out_as_it_stands_cannot_be_planned(models, monkeypatch):

@@ -178,3 +178,37 @@ def test_the_labels_of_a_mirrored_scan_are_mirrored_with_sides_exchanged(axis, m
         assert len(np.unique(labels)) == 3
         shares.append(np.mean(labels == exchange[np.flip(other, axis)]))
     assert shares[0] > 0.97 and shares[0] > shares[1] + 0.05
+
+
+# Mirror images of slices
+
+
+def slices_bundle(folder, axes, neighbours):
+    config = tiny.own_config({"_target_": "torch.nn.Conv2d", "in_channels": 1 + 2 * neighbours, "out_channels": 3})
+    config["network_def"] |= {"kernel_size": 3, "padding": 1}
+    config["inferer"] = {"_target_": "medseg3d.inference.Slices", "axes": axes, "neighbours": neighbours}
+    torch.manual_seed(0)
+    state = nn.Conv2d(1 + 2 * neighbours, 3, 3).state_dict()
+    return tiny.write_bundle(folder, config, {"weight": state["weight"] * 3, "bias": state["bias"] * 0})
+
+
+@pytest.mark.parametrize(("axes", "neighbours"), [(-1, 0), (0, 1), ([0, 1, 2], 1)])
+def test_slices_of_a_mirrored_scan_are_mirrored_with_sides_exchanged(axes, neighbours, tmp_path):
+    bundle = slices_bundle(tmp_path / "slices_ct_conv", axes, neighbours)
+    array, exchange, shares = tiny.ct(), np.array([0, 2, 1], np.uint8), []
+    for mirror in (True, False):
+        model = ms.load_model(bundle, "cpu", trust=True, precision="fp32", mirror=mirror, uncertainty="margin")
+        result, other = model.predict((array, tiny.LPS)), model.predict((array[::-1].copy(), tiny.LPS))
+        labels = result.segmentation.array
+        assert len(np.unique(labels)) == 3
+        shares.append(np.mean(labels == exchange[other.segmentation.array[::-1]]))
+    assert shares[0] > 0.97 and shares[0] > shares[1] + 0.05
+
+
+def test_slices_without_a_mirror_image_say_so(tmp_path, models, monkeypatch):
+    model = ms.load_model(slices_bundle(tmp_path / "s", 0, 0), "cpu", trust=True, precision="fp32", mirror=True)
+    with pytest.raises(ValueError, match="slices along axis 0 are the same in a mirror along it"):
+        model.predict((tiny.ct(), tiny.LPS))
+    monkeypatch.setattr(model, "inferer", ms.inference.CoarseToFine())
+    with pytest.raises(ValueError, match="one organ has no mirror image on the patient's other side"):
+        model.predict((tiny.ct(), tiny.LPS))

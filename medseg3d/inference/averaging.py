@@ -5,7 +5,6 @@ Shape legend: logits_BK... are (batch, classes, *spatial axes).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,13 +47,14 @@ class Mean:
         self._weight = 0.0
         self._dtype = torch.float32
 
-    def add(self, logits_BK: torch.Tensor, weight: float = 1.0, channels: Sequence[int] | None = None) -> None:
+    def add(self, logits_BK: torch.Tensor, weight: float = 1.0, channels: torch.Tensor | None = None) -> None:
         """Count in logits (B, K, *spatial).
 
         Args:
             logits_BK: what a network returned; it is not changed.
             weight: above 0.
-            channels: class k of the mean is the channel of that number; a permutation that is its own inverse.
+            channels: (K,) int64 where the logits are: class k of the mean is the channel of that number; a permutation
+                that is its own inverse.
 
         Raises:
             ValueError: they are no tensor, of another shape than those before, or have no probabilities.
@@ -71,8 +71,7 @@ class Mean:
         if channels is None:
             self._sum.add_(values, alpha=weight)
         else:
-            order = torch.as_tensor(channels, device=values.device)
-            self._sum.index_add_(1, order, values.to(self._sum.dtype), alpha=weight)
+            self._sum.index_add_(1, channels, values.to(self._sum.dtype), alpha=weight)
         self._weight += weight
 
     def result(self) -> torch.Tensor:

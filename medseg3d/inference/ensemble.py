@@ -10,16 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from medseg3d.inference.averaging import Mean, check_average
+from medseg3d.inference.heads import joined, split_head
+from medseg3d.inference.slabs import Head
 from medseg3d.io.labels import Color, LabelTable, default_color
 
 
-class Ensemble:
+class Ensemble(nn.Module):
     """Networks that give the same classes, as one network that answers with their mean; usable in any strategy.
 
     Networks run one after the other on each window, so memory does not grow with the image: beside what one of them
     needs, two tensors of a window's logits (three for probabilities, and in float32).
+
+    Where each network ends in a convolution of kernel 1 and these take fewer channels in all than there are classes, a
+    strategy that applies it after blending still does. The mean of logits is the same then; a mean of probabilities is
+    then that of each network's blended logits.
 
     Args:
         networks: each called as ``network(window_BC, ...)``; returns logits (B, K, *spatial).
@@ -35,7 +42,10 @@ class Ensemble:
     def __init__(
         self, networks: Sequence[Callable], weights: Sequence[float] | None = None, average: str = "probabilities"
     ) -> None:
+        super().__init__()
         self.networks = tuple(networks)
+        self.members = nn.ModuleList(network for network in self.networks if isinstance(network, nn.Module))
+        self.training = any(network.training for network in self.members)
         self.weights = (1.0,) * len(self.networks) if weights is None else tuple(float(weight) for weight in weights)
         self.average = check_average(average)
         if not self.networks:
@@ -45,12 +55,36 @@ class Ensemble:
                 f"weights must be a number above 0 for each of the {len(self.networks)} networks, got {self.weights}"
             )
 
-    def __call__(self, window_BC: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, window_BC: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Logits (B, K, *spatial) in the type and on the device of the first network's own."""
         mean = Mean(self.average)
         for network, weight in zip(self.networks, self.weights, strict=True):
             mean.add(network(window_BC.clone(), *args, **kwargs), weight)  # one may write into its input
         return mean.result()
+
+    def each(self, change: Callable[[Callable], Callable]) -> Ensemble:
+        """The same mean of what ``change`` makes of each network."""
+        return Ensemble([change(network) for network in self.networks], self.weights, self.average)
+
+    def without_head(self, window_BC: torch.Tensor) -> tuple[Callable, Head] | None:
+        """See :mod:`medseg3d.inference.heads`."""
+        bodies: list[Callable] = []
+        heads: list[Head] = []
+        head: Head | None = None
+        for network in self.networks:
+            split = split_head(network, window_BC)
+            if split is None:
+                return None
+            bodies.append(split[0])
+            heads.append(split[1])
+            head = joined(heads, self.weights[: len(heads)], self.average)
+            if head is None:
+                return None
+
+        def features(window_BC: torch.Tensor) -> torch.Tensor:
+            return torch.cat([body(window_BC.clone()) for body in bodies], 1)
+
+        return None if head is None else (features, head)
 
 
 def merge_label_maps(

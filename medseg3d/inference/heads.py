@@ -1,28 +1,85 @@
 """The last layer of a network taken off it, where that layer is a convolution of kernel 1.
 
-Such a head is linear a voxel, so it may come after windows are blended: fewer channels are blended then.
+Such a head is linear a voxel, so it may come after windows are blended: fewer channels are blended then. A network that
+is made of others takes their heads off itself, by a method ``without_head(window)`` that returns what
+:func:`split_head` does, and puts them together with :func:`joined`.
+
+Shape legend: K classes, F channels before a head, V voxels.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from medseg3d.inference.slabs import Head
+from medseg3d.inference.averaging import Mean
+from medseg3d.inference.slabs import Head, Slab
 
 ENOUGH = 64  # voxels of a window along each axis, to see what a head does
 
 
-def split_head(network: Callable, window: torch.Tensor) -> tuple[nn.Module, Head] | None:
+@dataclass(frozen=True)
+class MeanHead(Head):
+    """Several heads, each with channels of its own, whose mean probability is wanted: its logarithm is the logits.
+
+    It is not linear: after blending it gives the mean probability of blended logits.
+
+    Attributes:
+        heads: linear ones of the same K classes; ``weight`` has theirs side by side.
+        shares: of each head in the mean.
+    """
+
+    heads: Sequence[Head] = ()
+    shares: Sequence[float] = ()
+    linear: ClassVar[bool] = False
+
+    def __call__(self, features_FV: torch.Tensor) -> torch.Tensor:
+        mean = Mean("probabilities")
+        parts = features_FV.split([head.weight.shape[1] for head in self.heads])
+        for head, share, part_FV in zip(self.heads, self.shares, parts, strict=True):
+            mean.add(head(part_FV)[None], share)
+        return mean.result()[0]
+
+
+def joined(heads: Sequence[Head], shares: Sequence[float], average: str) -> Head | None:
+    """One head for the channels of several side by side, which gives the mean of what they give.
+
+    Args:
+        heads: of networks that are averaged.
+        shares: of each in the mean.
+        average: "logits" or "probabilities", see :class:`medseg3d.inference.averaging.Mean`.
+
+    Returns:
+        None if that takes as many channels as there are classes or more, or has no such form.
+    """
+    classes = {len(head.weight) for head in heads}
+    if len(classes) > 1 or not all(head.linear for head in heads):
+        return None
+    if sum(head.weight.shape[1] for head in heads) >= max(classes):
+        return None
+    if average == "probabilities":
+        return MeanHead(torch.cat([head.weight.float() for head in heads], 1), None, heads, shares)
+    total = sum(shares)
+    parts = [(share / total, head) for share, head in zip(shares, heads, strict=True)]
+    biases = [share * head.bias.float() for share, head in parts if head.bias is not None]
+    weight_KF = torch.cat([share * head.weight.float() for share, head in parts], 1)
+    return Head(weight_KF, torch.stack(biases).sum(0) if biases else None)
+
+
+def split_head(network: Callable, window: torch.Tensor) -> tuple[Callable, Head] | None:
     """The network without its head, and the head; None if it has none that takes fewer channels than it gives.
 
     Nothing is changed: the network without its head is another, with the same parameters. Both are tried on ``window``
     (1, C, *spatial), or its middle, best one with much in it, and on noise; unless the head makes what the network
     gives, nothing is taken off it.
     """
+    if hasattr(network, "without_head"):
+        return network.without_head(window)
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule) or network.training:
         return None
     if hasattr(network, "_orig_mod"):  # compiled: it would have to be compiled again
@@ -91,6 +148,12 @@ def _agree(head: Head, features: object, logits: object) -> bool:
         return False
     if logits.shape[1] != len(head.weight):
         return False
-    made = torch.stack([head(image.flatten(1)).view(logits.shape[1:]) for image in features])
+    off = size = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for image_F, logits_K in zip(features, logits, strict=True):
+        logits_KV = logits_K.flatten(1)
+        for part, made_KV in Slab(0, 0, image_F, head).blocks():  # all of them would take the classes' memory again
+            wanted_KV = logits_KV[:, part].float()
+            off = off + (made_KV - wanted_KV).square().sum()
+            size = size + wanted_KV.square().sum()
     limit = 1e-4 if logits.dtype == torch.float32 else 2e-2
-    return bool((made - logits.float()).norm() <= limit * logits.float().norm())
+    return bool(off.sqrt() <= limit * size.sqrt())

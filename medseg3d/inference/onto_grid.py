@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from medseg3d.inference.device import Returning
 from medseg3d.inference.grid_map import AxisMap
 from medseg3d.inference.slabs import Head, Slab, largest
 
@@ -27,6 +28,8 @@ from medseg3d.inference.slabs import Head, Slab, largest
 GROUP = 2**20
 # Of those, the ones whose logits exist at a time: they stay in the cache.
 BLOCK = 2**14
+# A GPU is busy only with more at a time.
+TIMES_ON_GPU = 8
 
 
 def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap], softmax: bool = False) -> np.ndarray:
@@ -48,13 +51,13 @@ def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap], softmax: bool = 
         ValueError: a logit is not a number, or the slabs are not of the maps' source.
     """
     bands = _bands(maps, normalised=True)
-    labels = np.zeros([band.size for band in bands], np.uint8)
+    labels = Returning(np.zeros([band.size for band in bands], np.uint8))
     for part, ready in _parts(slabs, bands):
         if part.classes > 256:
-            labels = labels.astype(np.uint16, copy=False)
+            labels.array = labels.array.astype(np.uint16, copy=False)
         own = [band.only(ready) if axis == part.axis else band for axis, band in enumerate(bands)]
         _fill_labels(labels, part, own, softmax)
-    return labels.transpose([one.axis for one in maps])
+    return labels.all().transpose([one.axis for one in maps])
 
 
 def values_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap]) -> np.ndarray:
@@ -193,7 +196,7 @@ def _overlapping(slabs: Iterable[Slab], bands: Sequence[_Band]) -> Iterator[Slab
             kept = Slab(slab.axis, last.stop - count, tail, slab.head)
 
 
-def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band], softmax: bool) -> None:
+def _fill_labels(labels: Returning, part: Slab, bands: Sequence[_Band], softmax: bool) -> None:
     """Write the labels of the target slices of ``bands``, which draw on this part of the source."""
     own = part.labels()
     if part.classes > 255:
@@ -202,7 +205,7 @@ def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band], softmax
     lowest, highest = (_over_neighbours(own, bands, choose) for choose in (torch.minimum, torch.maximum))
     cells = torch.where(lowest == highest, lowest, mixed)
     axis = part.axis
-    slices = max(1, GROUP // prod(max(1, len(band.first)) for n, band in enumerate(bands) if n != axis))
+    slices = max(1, _at_once(GROUP, own) // prod(max(1, len(band.first)) for n, band in enumerate(bands) if n != axis))
     for start in range(0, len(bands[axis].first), slices):
         group = [*bands]
         group[axis] = bands[axis].only(slice(start, start + slices))
@@ -212,7 +215,11 @@ def _fill_labels(labels: np.ndarray, part: Slab, bands: Sequence[_Band], softmax
         values = part.values.narrow(1 + axis, begin - part.start, end - begin + group[axis].width - 1)
         rows = _Rows(values, some == mixed, [band.to(own.device) for band in group])
         found = _labels(some, mixed, rows, part.head, softmax)
-        labels[tuple(band.place for band in group)] = found.cpu().numpy()
+        labels.put(tuple(band.place for band in group), found)
+
+
+def _at_once(voxels: int, near: torch.Tensor) -> int:
+    return voxels if near.device.type == "cpu" else voxels * TIMES_ON_GPU
 
 
 def _labels(cells: torch.Tensor, mixed: int, source: _Rows, head: Head | None, softmax: bool) -> torch.Tensor:
@@ -227,14 +234,23 @@ def _labels(cells: torch.Tensor, mixed: int, source: _Rows, head: Head | None, s
     for axis in sorted(range(len(bands)), key=lambda axis: len(bands[axis].first) / cells.shape[axis]):
         labels = labels.index_select(axis, bands[axis].first)
     places_V = (labels == mixed).flatten().nonzero()[:, 0]
-    if softmax:
-        source.take_softmax(head)
+    if softmax or not (head is None or head.linear):
+        source.take_logits(head, softmax)
         head = None
-    for some_V in places_V.split(BLOCK) if len(places_V) else ():
-        means_FV = source.means(torch.unravel_index(some_V, labels.shape)).T
+    for some_V in places_V.split(_at_once(BLOCK, labels)) if len(places_V) else ():
+        means_FV = source.means(_unravelled(some_V, labels.shape)).T
         logits_KV = means_FV if head is None else head(means_FV)
         labels.view(-1)[some_V] = largest(logits_KV)[0].to(labels.dtype)
     return labels
+
+
+def _unravelled(places_V: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:
+    """Indices along each axis, as by torch.unravel_index, which imports SymPy to check what it is given."""
+    indices = []
+    for size in reversed(shape):
+        indices.append(places_V % size)
+        places_V = places_V // size
+    return indices[::-1]
 
 
 def _over_neighbours(labels: torch.Tensor, bands: Sequence[_Band], choose: Callable) -> torch.Tensor:
@@ -270,10 +286,10 @@ class _Rows:
         self.number_N = needed.flatten().cumsum(0, dtype=torch.int32) - 1
         self.rows_NF = _rows_at(values, needed)
 
-    def take_softmax(self, head: Head | None) -> None:
-        """Probabilities in the place of the logits, or of the channels of which ``head`` makes them."""
+    def take_logits(self, head: Head | None, softmax: bool) -> None:
+        """Logits, or their softmax, in the place of the channels of which ``head`` makes them."""
         logits_NK = self.rows_NF if head is None else head(self.rows_NF.T).T
-        self.rows_NF = logits_NK.softmax(1)
+        self.rows_NF = logits_NK.softmax(1) if softmax else logits_NK.contiguous()
 
     def means(self, places: Sequence[torch.Tensor]) -> torch.Tensor:
         """Weighted means (V, F) at target voxels, given by their number on each axis."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 
-# Voxels whose logits exist at a time: they stay in the cache.
-BLOCK = 2**15
+# Logits that exist at a time. On a CPU they stay in the cache; on a GPU its memory is spared.
+BLOCK = 2**18
+BLOCK_ON_GPU = 2**25
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,12 @@ class Head:
     Attributes:
         weight: (K, F).
         bias: (K,) or None.
+        linear: whether it may change places with interpolation, as a convolution may.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    linear: ClassVar[bool] = True
 
     def __call__(self, features_FV: torch.Tensor) -> torch.Tensor:
         """(F, V) -> logits (K, V), float32."""
@@ -81,15 +85,16 @@ class Slab:
         """Logits (K, V) of a few voxels at a time, and which of the flattened voxels they are."""
         size = self.values.shape[1:]
         plane = prod(size[1:])
-        together = max(1, BLOCK // plane)
+        voxels = max(1, (BLOCK if self.values.device.type == "cpu" else BLOCK_ON_GPU) // self.classes)
+        together = max(1, voxels // plane)
         for first in range(0, size[0], together):
             some = self.values[:, first : first + together]
             if some.stride(0) == 1:  # channels-last: voxels can still be numbered without a copy
                 values_FV = some.movedim(0, -1).reshape(-1, len(some)).T
             else:
                 values_FV = some.flatten(1)
-            for start in range(0, values_FV.shape[1], BLOCK):
-                block = values_FV[:, start : start + BLOCK]
+            for start in range(0, values_FV.shape[1], voxels):
+                block = values_FV[:, start : start + voxels]
                 begin = first * plane + start
                 place = slice(begin, begin + block.shape[1])
                 yield place, block.float() if self.head is None else self.head(block)
@@ -118,7 +123,7 @@ def largest(logits_KV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: a logit is not a number.
     """
     if logits_KV.device.type == "cpu":
-        labels, best = _running_maximum(logits_KV)
+        labels, best = _first_of_the_largest(logits_KV)
     else:
         labels = logits_KV.argmax(0)
         best = logits_KV.gather(0, labels[None])[0]
@@ -131,15 +136,18 @@ def largest(logits_KV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return labels, best
 
 
-def _running_maximum(logits_KV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass over the classes: PyTorch's argmax over a leading axis is many times slower on CPUs."""
-    if logits_KV.stride(-1) != 1:
-        logits_KV = logits_KV.contiguous()
-    best = logits_KV[0].clone()
-    labels = torch.zeros(len(best), dtype=label_dtype(len(logits_KV)))
-    wins = torch.empty(len(best), dtype=torch.bool)
-    for number, row in enumerate(logits_KV[1:], start=1):
-        torch.gt(row, best, out=wins)
-        torch.maximum(labels, wins.to(labels.dtype) * number, out=labels)  # masked_fill is slower
-        torch.maximum(best, row, out=best)
-    return labels, best
+def _first_of_the_largest(logits_KV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum, then the first class that has it: both are vectorised on CPUs, where PyTorch's argmax is not."""
+    classes, voxels = logits_KV.shape
+    dtype = torch.promote_types(logits_KV.dtype, torch.float32)  # counts classes exactly
+    rank_K1 = torch.arange(classes, 0, -1, dtype=dtype)[:, None]
+    labels = torch.empty(voxels, dtype=label_dtype(classes))
+    best = torch.empty(voxels, dtype=dtype)
+    at_a_time = max(1, BLOCK // classes)
+    for start in range(0, voxels, at_a_time):
+        part = slice(start, start + at_a_time)
+        block_KV = logits_KV[:, part].to(dtype).contiguous()
+        best[part] = block_KV.amax(0)
+        is_best_KV = torch.eq(block_KV, best[part], out=torch.empty_like(block_KV))  # to booleans takes 7 times as long
+        labels[part] = classes - is_best_KV.mul_(rank_K1).amax(0)
+    return labels, best.to(logits_KV.dtype)

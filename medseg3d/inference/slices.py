@@ -132,9 +132,10 @@ class Slices(Streamed):
         done, total = 0, sum(image.shape[1 + axis] for axis in axes)
         fused = fusion_of(self.fusion, len(axes), image.shape[1:], self.accumulate, self.device)
         for axis, own in zip(axes, networks, strict=True):
-            for numbers in torch.arange(image.shape[1 + axis]).split(self.batch_size):
+            whole = torch.arange(image.shape[1 + axis], device=image.device)  # so that no number is waited for
+            for start in range(0, len(whole), self.batch_size):
+                numbers = whole[start : start + self.batch_size]
                 logits = self.planes(image, own, axis, numbers, *args, **kwargs)
-                start = int(numbers[0])
                 if axis == axes[-1]:
                     values = fused.finish(axis, start, logits) if len(axes) > 1 else logits.detach()
                     yield from slice_slabs(axis, start, values)
@@ -182,7 +183,7 @@ class Slices(Streamed):
 
     def _stacks(self, image: torch.Tensor, axis: int, numbers: torch.Tensor) -> torch.Tensor:
         """Slices with their neighbours as channels, (N, (2k + 1) * C, *plane)."""
-        reach = torch.arange(-self.neighbours, self.neighbours + 1)
+        reach = torch.arange(-self.neighbours, self.neighbours + 1, device=numbers.device)
         wanted = (numbers[:, None] + reach).clamp(0, image.shape[1 + axis] - 1).flatten().to(image.device)
         taken = image.index_select(1 + axis, wanted).movedim(1 + axis, 0)
         return taken.reshape(len(numbers), -1, *taken.shape[2:])

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from medseg3d.inference.windows import Window
 
+# Of a window, converted at a time to the type of the sums.
+SLICES = 4
+
 
 class Stitcher:
     """Weighted sum of one output over all windows of a batch of images, at that output's own resolution.
@@ -106,14 +109,16 @@ class RollingSlab:
 
     def add(self, output: torch.Tensor, window: Window, weight: torch.Tensor) -> None:
         """Add a window's output (C, ...); ``window`` starts no earlier than the slices that have left."""
-        output, weight = (tensor.detach().to(self.sum.device, self.sum.dtype) for tensor in (output, weight))
+        output, weight = output.detach(), weight.detach().to(self.sum.device, self.sum.dtype)
+        if output.device != self.sum.device:
+            output = output.to(self.sum.device, self.sum.dtype)
         assert window[self.axis].start >= self.start
         for part, place in self._pieces(window[self.axis].start, window[self.axis].stop):
             where = tuple(place if axis == self.axis else window[axis] for axis in range(len(window)))
             piece = weight.narrow(self.axis, part.start, part.stop - part.start)
             self.weight_sum[where] += piece
             own = output.narrow(1 + self.axis, part.start, part.stop - part.start)
-            self.sum[(slice(None), *where)].addcmul_(own, piece)
+            _add_product(self.sum[(slice(None), *where)], own, piece)
 
     def leave(self, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The slices before ``stop`` that have not left yet: the first one's number, and blended values (C, ...).
@@ -137,3 +142,11 @@ class RollingSlab:
         yield slice(0, until_end), slice(first, first + until_end)
         if until_end < stop - start:
             yield slice(until_end, stop - start), slice(0, stop - start - until_end)
+
+
+def _add_product(total: torch.Tensor, output: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add output (C, ...) times weight (...) to ``total``; on a CPU another type is converted in parts, in cache."""
+    at_a_time = SLICES if output.dtype != total.dtype and total.device.type == "cpu" else total.shape[1]
+    slices = (total.split(at_a_time, 1), output.split(at_a_time, 1), weight.split(at_a_time))
+    for some, own, by in zip(*slices, strict=True):
+        some.addcmul_(own.to(total.dtype), by)

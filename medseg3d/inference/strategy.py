@@ -32,6 +32,10 @@ class Strategy(ABC):
         """Windows, slices or volumes of one image that go through a network."""
         return 1
 
+    def box(self, image_BC: torch.Tensor) -> tuple[slice, ...]:
+        """The part of an image (1, C, *spatial) that networks see, a slice for each spatial axis."""
+        return tuple(slice(0, size) for size in image_BC.shape[2:])
+
     def blending(self, image_size: Sequence[int], channels: int) -> tuple[int, int]:
         """Bytes that the sums of ``channels`` take for one image in ``slabs``, and the voxels of its thickest slab."""
         return 0, prod(image_size)

@@ -5,15 +5,20 @@ Shape legend: image_BC... is (batch, channels, *spatial axes), any number of spa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import groupby
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from medseg3d.inference.body import Box, checked_box, slabs_with_background, told, with_background
+from medseg3d.inference.feeding import Feed, Place, device_of
+from medseg3d.inference.graphs import Replayed
 from medseg3d.inference.heads import split_head
 from medseg3d.inference.precision import representative_window
 from medseg3d.inference.slabs import Head, Slab
@@ -24,6 +29,8 @@ from medseg3d.inference.windows import BLENDS, PLACEMENTS, Window, importance_ma
 # To take the head off a network costs one window to four.
 SPLIT_FROM_WINDOWS = 8
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
+
+logger = logging.getLogger(__name__)
 
 
 class SubVolumes(Strategy):
@@ -37,7 +44,8 @@ class SubVolumes(Strategy):
         blend: "gaussian" or "constant", see :func:`medseg3d.inference.windows.importance_map`.
         sigma_scale: standard deviation of the Gaussian in window sizes.
         batch_size: windows that go through the network at once.
-        padding_mode: how an image smaller than a window is padded; "constant", "reflect", "replicate" or "circular".
+        padding_mode: how an image smaller than a window is padded; "constant", "reflect" (as often
+            as it takes), "replicate" or "circular".
         padding_value: value of constant padding.
         weight_map: own weights of shape ``roi_size`` instead of ``blend``.
         process: called as ``process(outputs, window_batch, weight)`` and returns (outputs, weight). As in MONAI,
@@ -48,6 +56,15 @@ class SubVolumes(Strategy):
         device: where windows are blended; by default where the network's output is.
         accumulate: type of the sums in ``slabs`` and what follows from them. torch.bfloat16 halves their memory; a sum
             of n windows then has a relative error of up to n * 2**-9.
+        graph: in ``slabs`` and what follows from them, start the network as a CUDA graph where there is a CUDA device
+            and windows are many, see :class:`medseg3d.inference.graphs.Replayed`.
+
+        crop: called with each image (C, *spatial); gives the box, a slice an axis, that windows are laid over, such as
+            :class:`medseg3d.inference.BodyBox`. It is grown to a window's size. Outside it the answer is background:
+            logits of 0 for class 0 and -20 for the others (-20 where there is one alone). What is left out is logged.
+
+    An image in the memory of the CPU goes window by window to where the network's parameters are. Where memory runs
+    out, half as many windows go through the network at once from then on.
 
     Raises:
         ValueError: on arguments out of range, and when called on an image whose axes do not fit ``roi_size``.
@@ -69,6 +86,8 @@ class SubVolumes(Strategy):
         placement: str = "monai",
         device: str | torch.device | None = None,
         accumulate: torch.dtype = torch.float32,
+        graph: bool = True,
+        crop: Callable[[torch.Tensor], Sequence[slice]] | None = None,
     ) -> None:
         if blend not in BLENDS:
             raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
@@ -78,6 +97,8 @@ class SubVolumes(Strategy):
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
         if accumulate not in (torch.float32, torch.bfloat16):
             raise ValueError(f"accumulate must be torch.float32 or torch.bfloat16, got {accumulate}")
+        if crop is not None and with_coordinates:
+            raise ValueError("with_coordinates are those of windows in the whole image: leave crop out")
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         shares = (overlap,) if isinstance(overlap, int | float) else tuple(overlap)
@@ -97,6 +118,8 @@ class SubVolumes(Strategy):
         self.placement = placement
         self.device = None if device is None else torch.device(device)
         self.accumulate = accumulate
+        self.graph = graph
+        self.crop = crop
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Any:
         """What ``network`` returns for the whole image: a tensor, a tuple or a dictionary of tensors.
@@ -106,18 +129,25 @@ class SubVolumes(Strategy):
             network: called on (windows, C, *roi_size) with ``args`` and ``kwargs``. Its outputs may have another
                 resolution than its input; each is stitched at its own.
         """
+        if self.crop is not None:
+            return self._cropped(inputs, network, *args, **kwargs)
         image = plain(inputs)
+        if getattr(network, "average", None) == "probabilities" and self.process is None:
+            body, head = self._without_head(image, network, args, kwargs)
+            if head is not None:  # the mean comes after blending, as in slabs
+                features = self(image.to(device_of(network, image.device)), body)
+                return like(torch.stack([Slab(0, 0, one, head).logits() for one in features]), inputs)
         roi_size = self._roi_size(image.shape[2:])
         padded, before = self._pad(image, roi_size)
         stitchers: list[Stitcher] = []
         names: list[str] | None = None
-        weight = self._weight(roi_size).to(image.device)
+        feed = Feed(padded, device_of(network, image.device), self.batch_size)
+        weight = self._weight(roi_size).to(feed.device)
         own = self._windows(padded.shape[2:], roi_size)
         places = [(b, window) for b in range(image.shape[0]) for window in own]
-        for first in range(0, len(places), self.batch_size):
-            group = places[first : first + self.batch_size]
-            batch = torch.cat([padded[(slice(b, b + 1), slice(None), *window)] for b, window in group])
-            names, outputs = _flatten(self._run(network, batch, group, args, kwargs))
+        done = 0
+        for group, batch, given in feed.run(places, self._call(network, args, kwargs)):
+            names, outputs = _flatten(given)
             batch_weight = weight
             if self.process is not None:
                 outputs, batch_weight = self.process(outputs, batch, weight)
@@ -125,8 +155,9 @@ class SubVolumes(Strategy):
                 stitchers = [Stitcher(o, padded.shape, roi_size, batch_weight, own, self.device) for o in outputs]
             for stitcher, output in zip(stitchers, outputs, strict=True):
                 stitcher.add(output, group, batch_weight)
+            done += len(group)
             if self.progress is not None:
-                self.progress(min(first + self.batch_size, len(places)), len(places))
+                self.progress(done, len(places))
         results = [like(stitcher.result(before, image.shape[2:]), inputs) for stitcher in stitchers]
         return _unflatten(results, names)
 
@@ -144,24 +175,30 @@ class SubVolumes(Strategy):
             raise ValueError(f"slabs are of one image at a time, got {len(image)}: call slabs for each")
         if self.process is not None:
             raise ValueError("process may change the weights of windows, which slabs do not support: call the strategy")
+        if self.crop is not None:
+            box = self._told_box(image)
+            slabs = self.changed(crop=None).slabs(image[(slice(None), slice(None), *box)], network, *args, **kwargs)
+            yield from slabs_with_background(slabs, box, image.shape[2:])
+            return
         roi_size = self._roi_size(image.shape[2:])
         padded, before = self._pad(image, roi_size)
         size = tuple(padded.shape[2:])
         axis = _slab_axis(size, roi_size)
-        weight = self._weight(roi_size).to(image.device)
-        layers = [list(layer) for _, layer in groupby(self._windows(size, roi_size), key=_start(axis))]
+        layers = [
+            [(0, window) for window in layer] for _, layer in groupby(self._windows(size, roi_size), key=_start(axis))
+        ]
         inside = [slice(b, b + n) for b, n in zip(before, image.shape[2:], strict=True)]
         done, total = 0, sum(map(len, layers))
         slab: RollingSlab | None = None
-        head: Head | None = None
-        if total >= SPLIT_FROM_WINDOWS and not (args or kwargs or self.with_coordinates):
-            split = split_head(network, self.example(image))
-            network, head = (network, None) if split is None else split
+        feed = Feed(padded, device_of(network, image.device), self.batch_size)
+        weight = self._weight(roi_size).to(self.device or feed.device)
+        body, head = self._without_head(image, network, args, kwargs)
+        if self.graph:
+            body = Replayed(body, total // self.batch_size, made_of=network)
+        call = self._call(body, args, kwargs)
         for number, layer in enumerate(layers):
-            for first in range(0, len(layer), self.batch_size):
-                group = [(0, window) for window in layer[first : first + self.batch_size]]
-                batch = torch.cat([padded[(slice(None), slice(None), *window)] for _, window in group])
-                outputs = self._run(network, batch, group, args, kwargs)
+            following = layers[number + 1] if number + 1 < len(layers) else []
+            for group, batch, outputs in feed.run(layer, call, following):
                 if slab is None:
                     _require_one_tensor(outputs, batch)
                     slab = RollingSlab(outputs[0], size, axis, self.accumulate, self.device)
@@ -171,7 +208,7 @@ class SubVolumes(Strategy):
                 if self.progress is not None:
                     self.progress(done, total)
             assert slab is not None
-            stop = layers[number + 1][0][axis].start if number + 1 < len(layers) else size[axis]
+            stop = following[0][1][axis].start if following else size[axis]
             yield from _without_padding(slab.leave(stop), axis, inside, head)
 
     def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -202,6 +239,28 @@ class SubVolumes(Strategy):
         """The window (1, C, *roi_size) in which values vary most among a few."""
         return representative_window(image_BC, self.roi_size, padding_value=self.padding_value)
 
+    def box(self, image_BC: torch.Tensor) -> Box:
+        if self.crop is None:
+            return super().box(image_BC)
+        size = tuple(image_BC.shape[2:])
+        return checked_box(self.crop(plain(image_BC)[0]), size, self._roi_size(size))
+
+    def _told_box(self, image_BC: torch.Tensor) -> Box:
+        box = self.box(image_BC)
+        logger.info(told(box, image_BC.shape[2:]))
+        return box
+
+    def _cropped(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Each image in its own box."""
+        names: list[str] | None = None
+        images, inside = [], self.changed(crop=None)
+        for image in plain(inputs).split(1):
+            box = self._told_box(image)
+            part = image[(slice(None), slice(None), *box)]
+            names, outputs = _flatten(inside(part, network, *args, **kwargs))
+            images.append([with_background(output, box, image.shape[2:]) for output in outputs])
+        return _unflatten([like(torch.cat(parts), inputs) for parts in zip(*images, strict=True)], names)
+
     def _windows(self, image_size: Sequence[int], roi_size: Sequence[int]) -> list[Window]:
         """In the order that slabs need, so that sums are the same to the last bit with slabs and without."""
         found = windows(image_size, roi_size, self._overlap(len(roi_size)), self.placement)
@@ -209,12 +268,21 @@ class SubVolumes(Strategy):
             return list(found)
         return sorted(found, key=_start(_slab_axis(image_size, roi_size)))
 
-    def _run(
-        self, network: Callable, batch: torch.Tensor, group: list[tuple[int, Window]], args: Any, kwargs: Any
-    ) -> Any:
+    def _without_head(
+        self, image: torch.Tensor, network: Callable, args: Any, kwargs: Any
+    ) -> tuple[Callable, Head | None]:
+        """The network without its head, and that; the network as it is where that is not worth its time."""
+        if args or kwargs or self.with_coordinates or self.count(image.shape[2:]) < SPLIT_FROM_WINDOWS:
+            return network, None
+        return split_head(network, self.example(image).to(device_of(network, image.device))) or (network, None)
+
+    def _call(self, network: Callable, args: Any, kwargs: Any) -> Callable[[torch.Tensor, Sequence[Place]], Any]:
+        """What runs the network on windows of these places."""
         if not self.with_coordinates:
-            return network(batch, *args, **kwargs)
-        return network(batch, [[slice(b, b + 1), slice(None), *window] for b, window in group], *args, **kwargs)
+            return lambda batch, group: network(batch, *args, **kwargs)
+        return lambda batch, group: network(
+            batch, [[slice(b, b + 1), slice(None), *window] for b, window in group], *args, **kwargs
+        )
 
     def _overlap(self, axes: int) -> tuple[float, ...]:
         overlap = (self.overlap,) * axes if isinstance(self.overlap, int | float) else tuple(self.overlap)
@@ -237,11 +305,16 @@ class SubVolumes(Strategy):
         before = [m // 2 for m in missing]
         if not any(missing):
             return image, before
-        if self.padding_mode in ("reflect", "circular"):
+        if self.padding_mode == "reflect":
+            for axis, (first, gap) in enumerate(zip(before, missing, strict=True), start=2):
+                seen = np.pad(np.arange(image.shape[axis]), (first, gap - first), mode="reflect")
+                image = image.index_select(axis, torch.from_numpy(seen).to(image.device))
+            return image, before
+        if self.padding_mode == "circular":
             for axis, (gap, size) in enumerate(zip(missing, image.shape[2:], strict=True)):
-                if gap - gap // 2 >= size + (self.padding_mode == "circular"):
+                if gap - gap // 2 > size:
                     raise ValueError(
-                        f"{self.padding_mode} padding cannot grow axis {axis} from {size} to {roi_size[axis]} voxels: "
+                        f"circular padding cannot grow axis {axis} from {size} to {roi_size[axis]} voxels: "
                         f"use padding_mode='constant' or 'replicate'"
                     )
         pads = [n for b, m in zip(before[::-1], missing[::-1], strict=True) for n in (b, m - b)]

@@ -5,11 +5,14 @@ Shape legend: K classes, V voxels, ... spatial axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import log, prod
 
+import numpy as np
 import torch
 
+from medseg3d.inference.grid_map import AxisMap
+from medseg3d.inference.onto_grid import values_onto
 from medseg3d.inference.slabs import Slab, label_dtype, largest
 from medseg3d.inference.strategy import Strategy, like, plain
 
@@ -68,8 +71,7 @@ def label_map_with_uncertainty(
     Raises:
         ValueError: ``kind`` is unknown, there is one class only, or a logit is not a number.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_kind(kind)
     images = plain(inputs)
     shape = (len(images), 1, *images.shape[2:])
     labels = uncertainty = torch.empty(0)
@@ -82,6 +84,56 @@ def label_map_with_uncertainty(
             of_slab = _both(slab, KINDS[kind], dtype)
             labels[number, 0][slab.place], uncertainty[number, 0][slab.place] = of_slab
     return like(labels, inputs), like(uncertainty, inputs)
+
+
+class Watch:
+    """How sure a network is, noted while its slabs go by to whoever makes labels of them: it runs once for both.
+
+    A float16 number is kept for each voxel of the network's grid.
+
+    Args:
+        kind: "entropy" or "margin", see :func:`entropy`, :func:`margin`.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = check_kind(kind)
+        self._slabs: list[Slab] = []
+
+    def each(self, slabs: Iterable[Slab]) -> Iterator[Slab]:
+        """The slabs as they are.
+
+        Raises:
+            ValueError: they are of one class only.
+        """
+        for slab in slabs:
+            noted = _of_slab(slab, KINDS[self.kind], torch.float16)
+            # Outside the network's grid nothing was found for sure: 0 there must stand for that.
+            self._slabs.append(Slab(slab.axis, slab.start, (1 - noted if self.kind == "margin" else noted)[None]))
+            yield slab
+
+    def onto(self, maps: Sequence[AxisMap]) -> np.ndarray:
+        """What was noted on another grid, as ``maps`` draw on the network's: float32 in [0, 1], in steps of 2**-12.
+
+        Outside the network's grid it is that of a network that is sure. Call it after the last slab.
+        """
+        values = values_onto(self._slabs, maps)
+        if self.kind == "margin":
+            np.subtract(1, values, out=values)
+        # Finer digits are noise of float16, and half of a compressed file.
+        values *= 2**12
+        np.rint(values, out=values)
+        values /= 2**12
+        return values.clip(0, 1, out=values)
+
+
+def check_kind(kind: str) -> str:
+    """``kind`` if it is one of ``KINDS``; ValueError otherwise."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return kind
 
 
 def entropy_of(logits_KV: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-Kind = Literal["nifti", "itk", "dicom", "zip"]
+Kind = Literal["nifti", "itk", "dicom", "zip", "picture"]
 
 KINDS: dict[str, Kind | None] = {  # the longer of two suffixes comes first
     ".nii.gz": "nifti",
@@ -26,19 +26,20 @@ KINDS: dict[str, Kind | None] = {  # the longer of two suffixes comes first
 }
 READABLE = ".nii, .nii.gz, .hdr/.img, .nrrd, .mha, .mhd, a DICOM folder or a .zip of one"
 WRITABLE = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def split_name(path: str | Path) -> tuple[str, str]:
     """("ct", ".nii.gz") from any path to ct.nii.gz; an unknown suffix stays with the stem and is returned as ""."""
     name = Path(path).name
-    for suffix in KINDS:
+    for suffix in (*KINDS, *RASTER_SUFFIXES):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)], suffix
     return name, ""
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The reader that a file needs, or None where medseg3d has none. Raises OSError if it cannot be opened."""
+    """The reader that a scan needs, or None where medseg3d has none. Raises OSError if it cannot be opened."""
     if is_dicom(path):
         return "dicom"
     known = KINDS.get(split_name(path)[1])

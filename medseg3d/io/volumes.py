@@ -13,7 +13,7 @@ import numpy as np
 
 from medseg3d.geometry import Geometry
 from medseg3d.io.atomic import write_atomic
-from medseg3d.io.formats import READABLE, WRITABLE, kind_of, split_name
+from medseg3d.io.formats import RASTER_SUFFIXES, READABLE, WRITABLE, kind_of, split_name
 from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text, unnamed_labels
 from medseg3d.io.voxels import LPS_TO_RAS, fortran_order, plain_numbers, spatial_shape
 from medseg3d.volume import Volume
@@ -42,6 +42,8 @@ def read_volume(path: str | Path) -> Volume:
         from medseg3d.io.itk import read_itk
 
         return read_itk(path)
+    if kind is None and split_name(path)[1] in RASTER_SUFFIXES:
+        raise ValueError(f"{path} is a picture, not a scan; a model of pictures segments it, or read_image reads it")
     if kind is None:
         raise ValueError(f"{path} is of no format that medseg3d reads; it reads {READABLE}")
     from medseg3d.io.dicom import read_dicom

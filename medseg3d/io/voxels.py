@@ -62,11 +62,21 @@ def rescaled(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def fortran_order(array: np.ndarray) -> np.ndarray:
-    """The array (D, H, W) laid out as in files, first axis fastest: itself, or a copy, made in blocks for the cache."""
+    """The array (D, H, W) laid out as in files, first axis fastest: itself, or a copy."""
     if array.flags.f_contiguous:
         return array
-    result, block = np.empty(array.shape, array.dtype, order="F"), 16  # three times as fast as one copy
+    return _copied(array, np.empty(array.shape, array.dtype, order="F"))
+
+
+def c_ordered(array: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
+    """A copy of the array (D, H, W) laid out as PyTorch does, last axis fastest, in another type."""
+    return array.astype(dtype) if array.flags.c_contiguous else _copied(array, np.empty(array.shape, dtype))
+
+
+def _copied(array: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The target filled in blocks that stay in the cache, which takes a third of the time of one copy."""
+    block = 16
     for i in range(0, array.shape[0], block):
         for k in range(0, array.shape[2], block):
-            result[i : i + block, :, k : k + block] = array[i : i + block, :, k : k + block]
-    return result
+            target[i : i + block, :, k : k + block] = array[i : i + block, :, k : k + block]
+    return target

@@ -147,9 +147,11 @@ def case_record(
     seconds: Mapping[str, float] | None = None,
     warnings: Sequence[str] = (),
     error: str | None = None,
+    crop: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A case for the report: its input with the grid (None if it could not be read), outputs by kind, times, messages.
 
+    ``crop`` is the box that windows were laid over where they did not go over the whole image, and the share left out.
     Paths are recorded as they were given, so a relative path stays relative.
     """
     return {
@@ -160,6 +162,7 @@ def case_record(
         "seconds": _rounded(seconds or {}),
         "warnings": list(warnings),
         "error": error,
+        **({} if crop is None else {"crop": dict(crop)}),
     }
 
 

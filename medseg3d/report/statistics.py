@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cc3d
 import numpy as np
-from scipy import ndimage
 
 from medseg3d.geometry import Geometry
 from medseg3d.metrics.regions import Box, label_boxes
 from medseg3d.report.records import grid_record, require_same_grid, write_csv, write_json
 from medseg3d.volume import Volume
 
-_PERCENTILES = (5, 25, 75, 95)
-_INTENSITIES = ("mean", "median", "std", *(f"p{p}" for p in _PERCENTILES))
+_PERCENTILES = (5, 25, 50, 75, 95)
+_INTENSITIES = ("mean", "median", "std", "p5", "p25", "p75", "p95")
 _FIGURES = ("voxels", "volume_ml", "hu", "centroid_ras_mm", "bounding_box", "touches_border", "components")
 
 # Axis code -> the face of the scan where that axis ends, and the one where it begins.
@@ -82,7 +82,7 @@ def _figures(mask: np.ndarray, image: np.ndarray, box: Box, geometry: Geometry) 
     return {
         "voxels": voxels,
         "volume_ml": round(voxels * geometry.voxel_volume / 1000, 4),
-        "hu": _intensities(image[mask]),
+        "hu": _intensities(_inside(mask, image)),
         "centroid_ras_mm": _rounded(geometry.world(start + _centre(mask))),
         "bounding_box": {
             "start": start.tolist(),
@@ -90,16 +90,32 @@ def _figures(mask: np.ndarray, image: np.ndarray, box: Box, geometry: Geometry) 
             "size_mm": _rounded((stop - start) * geometry.spacing),
         },
         "touches_border": _faces(start, stop, geometry),
-        "components": int(ndimage.label(mask, structure=np.ones((3, 3, 3)))[1]),
+        "components": int(cc3d.connected_components(mask.view(np.uint8), connectivity=26, return_N=True)[1]),
     }
 
 
+def _inside(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The voxels of an image in a mask, in the order in which they lie in memory."""
+    return image.T[mask.T] if mask.flags.f_contiguous else image[mask]
+
+
 def _intensities(values: np.ndarray) -> dict[str, float | None]:
-    values = values[np.isfinite(values)].astype(np.float64)
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
     if not len(values):
         return dict.fromkeys(_INTENSITIES)
-    figures = (values.mean(), np.median(values), values.std(), *np.percentile(values, _PERCENTILES))
-    return dict(zip(_INTENSITIES, _rounded(np.array(figures)), strict=True))
+    p5, p25, median, p75, p95 = _percentiles(values)
+    mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+    return dict(zip(_INTENSITIES, _rounded(np.array([mean, median, std, p5, p25, p75, p95])), strict=True))
+
+
+def _percentiles(values: np.ndarray) -> np.ndarray:
+    """Those of ``_PERCENTILES``, linear between two values; selected in the values' own type, which is much faster."""
+    places = np.array(_PERCENTILES) / 100 * (len(values) - 1)
+    below, above = np.floor(places).astype(int), np.ceil(places).astype(int)
+    ordered = np.partition(values, np.union1d(below, above))
+    low, high = ordered[below].astype(np.float64), ordered[above].astype(np.float64)
+    return low + (high - low) * (places - below)
 
 
 def _centre(mask: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from medseg3d.inference import SubVolumes
-from medseg3d.inference.augmentation import Flips, side_pairs
+from medseg3d.inference import Slices, SubVolumes
+from medseg3d.inference.augmentation import THROUGH, Flips, mirrored_slices, side_pairs
 from medseg3d.inference.averaging import Mean
 
 
@@ -204,6 +204,49 @@ def test_what_does_not_fit_is_told(arguments, network, call, message):
     window = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
         Flips(network, **arguments)(window, *call)
+
+
+# Slices
+
+
+SIDES = [0, 2, 1, 3]  # classes of `lopsided` with 1 and 2 exchanged
+
+
+@pytest.mark.parametrize("slice_axis", [0, 1, -1])
+@pytest.mark.parametrize("axes", [(0,), (0, 2), (1,)])
+@pytest.mark.parametrize("neighbours", [1, 2])
+def test_slices_in_the_mirror_are_slices_of_the_mirrored_volume(slice_axis, axes, neighbours):
+    image, strategy = noise(1, 2, 6, 5, 7), Slices(slice_axis, neighbours, batch_size=3)
+    answers = []
+    for mirror in all_combinations(axes):
+        answer = mirrored(strategy(mirrored(image, mirror), lopsided), mirror)
+        answers.append(answer[:, SIDES] if 0 in mirror else answer)
+    network = mirrored_slices(lopsided, strategy, axes, laterality_axis=0, pairs=[(1, 2)])
+    torch.testing.assert_close(strategy(image, network), torch.stack(answers).mean(0))
+
+
+@pytest.mark.parametrize("neighbours", [0, 1])
+def test_each_axis_of_slices_has_its_own_mirror(neighbours):
+    """Without neighbours the slices along the mirrored axis are the same: those of the others are mirrored alone."""
+    image = noise(1, 1, 6, 5, 7)
+    networks = [lambda x, n=n: (n + 1) * lopsided(x) for n in range(3)]
+    together = Slices((0, 1, 2), neighbours)
+    network = mirrored_slices(networks, together, (0,), pairs=[(1, 2)])
+    shares = torch.zeros(1, 4, 6, 5, 7)
+    for axis, own in enumerate(networks):
+        one = Slices(axis, neighbours)
+        answer = one(image, own)
+        if axis > 0 or neighbours:
+            answer = (answer + one(image.flip(2), own).flip(2)[:, SIDES]) / 2
+        shares += answer.softmax(1) / 3
+    torch.testing.assert_close(together(image, network).softmax(1), shares)
+
+
+def test_slices_that_have_no_mirror_image():
+    with pytest.raises(ValueError, match="slices along axis 2 are the same in a mirror along it: take neighbours"):
+        mirrored_slices(lopsided, Slices(-1), (2,))
+    with pytest.raises(ValueError, match=r"axes are different spatial axes counted from 0, got axes \(-1,\)"):
+        Flips(lopsided, (THROUGH,))
 
 
 def test_pairs_by_name():

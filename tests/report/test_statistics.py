@@ -5,6 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
 
 from medseg3d.report.statistics import statistics, write_statistics_csv, write_statistics_json
 from medseg3d.volume import Volume
@@ -54,6 +57,38 @@ def test_figures_in_space_do_not_depend_on_the_storage():
         for key in ("voxels", "volume_ml", "hu", "centroid_ras_mm", "components"):
             assert figures[key] == expected[key]
         assert figures["touches_border"] == expected["touches_border"] == ["right"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([np.int16, np.float32, np.float64, ">i2", np.uint16]),
+    orders=st.tuples(st.sampled_from("CF"), st.sampled_from("CF")),
+)
+def test_every_figure_is_what_numpy_and_scipy_say_of_the_whole_scan(shape, seed, dtype, orders):
+    """Of labels of many pieces, whatever the type and the order of memory."""
+    rng = np.random.default_rng(seed)
+    organs = rng.choice([0, 0, 1, 2, 7], shape).astype(np.uint8, order=orders[0])
+    image = (rng.normal(0, 900, shape) + 4000 * rng.integers(0, 7, shape)).clip(0).astype(dtype, order=orders[1])
+    found = statistics(Volume(organs, AFFINE), Volume(image, AFFINE), {1: "a", 2: "b", 7: "c"})["labels"]
+    for label, name in ((1, "a"), (2, "b"), (7, "c")):
+        mask = organs == label
+        figures = found[name]
+        if not mask.any():
+            assert figures["reason"] and figures["voxels"] is None
+            continue
+        values = image[mask].astype(np.float64)
+        expected = {"mean": values.mean(), "median": np.median(values), "std": values.std()}
+        expected |= {f"p{p}": np.percentile(values, p) for p in (5, 25, 75, 95)}
+        assert figures["hu"] == pytest.approx(expected, abs=0.005001)  # rounded to two decimals
+        assert figures["voxels"] == mask.sum()
+        assert figures["components"] == ndimage.label(mask, np.ones((3, 3, 3)))[1]
+        indices = np.argwhere(mask)
+        box = figures["bounding_box"]
+        assert (box["start"], box["stop"]) == (indices.min(0).tolist(), (indices.max(0) + 1).tolist())
+        centre = AFFINE[:3, :3] @ indices.mean(0) + AFFINE[:3, 3]
+        assert figures["centroid_ras_mm"] == pytest.approx(centre.tolist(), abs=0.005001)
 
 
 def test_absent_label_is_null_with_a_reason(result, tmp_path):

@@ -54,7 +54,12 @@ def clusters(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pooling(
-    side: str, device: torch.device, count: int = 1000, size: int = 7, backward: bool = False, channels_last: bool = False
+    side: str,
+    device: torch.device,
+    count: int = 1000,
+    size: int = 7,
+    backward: bool = False,
+    channels_last: bool = False,
 ) -> Run:
     """Pooled features of regions, and with ``backward`` the gradients of the maps as well."""
     random = torch.Generator().manual_seed(1)
@@ -122,7 +127,9 @@ def main() -> None:
     restart_with("default", arguments.threads)
     device = torch.device(arguments.device)
     sides = [OURS] if torchvision is None else [OURS, THEIRS]
-    print(describe_machine(device, "default") + ("" if torchvision is None else f", {THEIRS} {torchvision.__version__}"))
+    print(
+        describe_machine(device, "default") + ("" if torchvision is None else f", {THEIRS} {torchvision.__version__}")
+    )
     print("\n| case | side | ms | time of torchvision's | MiB |\n|---|---|---|---|---|")
     for case, (make, options) in CASES.items():
         runs = {side: make(side, device, **options) for side in sides}

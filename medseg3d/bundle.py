@@ -150,9 +150,10 @@ def _of_pictures(
 
     if not any(isinstance(step, LoadPictured) for step in steps_of(preprocessing)):
         raise ValueError(
-            f"{bundle.name}: the preprocessing of a bundle of pictures begins with medseg3d.data.pictures.LoadPictured, "
-            "which keeps rows and columns as they are; put it in place of its loader"
+            f"{bundle.name}: its preprocessing must load with medseg3d.data.pictures.LoadPictured: MONAI's turns "
+            "rows into columns"
         )
+    assert bundle.pictures is not None
     channels = bundle.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     return PictureSegmenter(
         runner=runner,

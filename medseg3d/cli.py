@@ -36,7 +36,7 @@ _HOW = (
     *("crop_body", "max_ram", "max_vram", "uncertainty", "weights"),
 )
 _FOR_SCANS = (
-    *("statistics", "plan", "allow_non_hu"),
+    *("statistics", "output_type", "plan", "allow_non_hu"),
     *("strategy", "max_ram", "max_vram", "uncertainty", "crop_body"),
 )
 _CLEAR_LINE = "\r\x1b[K"  # of a terminal, where progress may stand
@@ -235,11 +235,12 @@ def _pictures(bundles: Sequence[BundleInfo], args: argparse.Namespace) -> str | 
     bundle = next((bundle for bundle in bundles if bundle.pictures is not None), None)
     if bundle is None:
         return None
+    what = f"{bundle.name} segments pictures"
     if len(bundles) > 1:
-        raise UsageError(f"several models at once are for scans, and {bundle.name} segments pictures: run them one by one")
-    for name in _FOR_SCANS:
-        if getattr(args, name) not in (None, False):
-            raise UsageError(f"--{name.replace('_', '-')} is for scans, and {bundle.name} segments pictures: leave it out")
+        raise UsageError(f"several models at once are for scans, and {what}: run them one by one")
+    given = [name for name in _FOR_SCANS if getattr(args, name) not in (None, False, "nifti")]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for scans, and {what}: leave it out")
     return bundle.pictures
 
 

@@ -68,8 +68,9 @@ def _add_predict(verbs: Any) -> None:
         "-s", "--statistics", action="store_true", help="write volume, HU and place of each organ, as JSON and CSV"
     )
     verb.add_argument(
-        "-p", "--preview", action="store_true", help="write a PNG of three planes with the organs in colour, or of the picture"
-    )
+        "-p", "--preview", action="store_true",
+        help="write a PNG of three planes with the organs in colour, or of the picture with its objects",
+    )  # fmt: skip
     verb.add_argument(
         "--uncertainty", choices=("entropy", "margin"),
         help="write how sure the network is of each voxel, 0 to 1, as <scan>.entropy.nii.gz (high where it is unsure) "
@@ -80,6 +81,7 @@ def _add_predict(verbs: Any) -> None:
         "-ot",
         "--output-type",
         choices=sorted(OUTPUT_TYPES),
+        default="nifti",
         help="format in a folder of scans (default: nifti)",
     )
     verb.add_argument(

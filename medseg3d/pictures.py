@@ -193,9 +193,7 @@ class PictureSegmenter:
         """
         return self.segment(self.read(image, progress=progress), progress)
 
-    def read(
-        self, image: Any, allow_non_hu: bool = False, progress: Callable[[str], None] | None = None
-    ) -> Picture:
+    def read(self, image: Any, allow_non_hu: bool = False, progress: Callable[[str], None] | None = None) -> Picture:
         """The first half of :meth:`predict`. Pictures have no unit, so that ``allow_non_hu`` changes nothing."""
         stopwatch = Stopwatch(progress)
         with stopwatch.stage("read"):
@@ -265,7 +263,7 @@ class PictureSegmenter:
 def _check(pixels: np.ndarray, what: str) -> None:
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or pixels.dtype.kind not in "biuf":
         raise ValueError(
-            f"{what} must be an array of numbers (rows, columns) or (rows, columns, 3), got {pixels.dtype} of the shape "
+            f"{what} must be numbers (rows, columns) or (rows, columns, 3), got {pixels.dtype} of the shape "
             f"{pixels.shape}: a scan takes another model"
         )
     if not pixels.size:

@@ -37,6 +37,8 @@ class Result:
 class Model:
     """Stands for a Segmenter: logs what it is asked for and waits, or fails, where a test says so."""
 
+    pictures = None
+
     def __init__(self):
         self.record = {"bundle_sha256": "0"}
         self.log, self.threads, self.results = [], {}, []

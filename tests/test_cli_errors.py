@@ -69,7 +69,8 @@ BAD_SCANS = {
     "zero spacing": ("ct.nii", lambda: with_header(NO_SFORM, ZERO_SPACING), "must be above 0 mm", 1),
     "singular affine": ("ct.nii", lambda: with_header(SINGULAR), "ct.nii", 1),
     "parallel axes": ("ct.nii", lambda: with_header(PARALLEL), "ct.nii", 1),
-    "unknown format": ("ct.png", lambda: b"\x89PNG", "not a format that medseg3d reads", 2),
+    "unknown format": ("ct.xyz", lambda: b"xyz", "not a format that medseg3d reads", 2),
+    "picture": ("ct.png", lambda: b"\x89PNG", "a picture, but the model segments scans", 2),
     "empty DICOM": ("ct.dcm", lambda: b"", "not a format that medseg3d reads", 2),
     "zip without DICOM": ("ct.zip", lambda: b"PK\x05\x06" + bytes(18), "not a format that medseg3d reads", 2),
 }

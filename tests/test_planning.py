@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -216,13 +217,14 @@ def test_channels_are_those_before_the_head_where_it_is_taken_off():
 
 
 def test_memory_of_a_window_is_measured():
-    size = 64 * 2**20
+    size = 256 * 2**20  # beside which what is freed meanwhile is little
+    gc.collect()
 
     def network(batch):
         held = torch.ones(size // 4)
         return batch * held[0]
 
-    assert 0.9 * size < measure_window(SubVolumes(16), IMAGE, network).ram < 2 * size
+    assert 0.7 * size < measure_window(SubVolumes(16), IMAGE, network).ram < 2 * size
     with peak_memory(torch.device("cpu")) as peak:
         pass
     assert peak.ram < size / 2, "each count begins anew"

@@ -18,7 +18,12 @@ SPELLINGS = (
     (re.compile(r"\.mlp\.fc([12])\."), r".mlp.linear\1."),  # model_swinvit.pt
     (re.compile(r"^(encoder\.layers\d+\.\d+)\.0\."), r"\1."),  # disruptive autoencoders: one list more in each stage
 )
-ENCODERS = ("swinViT.", "vit.", "backbone.body.", "backbone.")  # where the networks here keep the encoders that are trained alone
+ENCODERS = (
+    "swinViT.",
+    "vit.",
+    "backbone.body.",
+    "backbone.",
+)  # where the networks here keep the encoders that are trained alone
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,9 @@ class SaveResultd(MapTransform):
         source = data[self.orig_keys].meta["filename_or_obj"]
         picture = Path(source if isinstance(source, str) else source[0])
         for key in self.key_iterator(dict(data)):
-            prediction = data[key]
-            result = as_result(prediction[0] if isinstance(prediction, list) else prediction, self.kind, self.categories)
+            prediction: Any = data[key]
+            prediction = prediction[0] if isinstance(prediction, list) else prediction
+            result = as_result(prediction, self.kind, self.categories)
             stem = self.output_dir / f"{picture.stem}_seg"
             if not isinstance(result, SemanticMap):
                 write_result_json(f"{stem}.json", result, picture.name)
@@ -101,9 +102,11 @@ def named(categories: Mapping[str | int, str], stuff: Sequence[int] = ()) -> dic
         ValueError: stuff that is no class.
     """
     found = {int(number): name for number, name in categories.items()}
+    if found.get(0, "").lower() == "background":
+        del found[0]
     if unknown := set(stuff) - set(found):
         raise ValueError(f"stuff is among the classes {sorted(found)}, got {sorted(unknown)}")
-    return {n: Category(name, n not in stuff) for n, name in sorted(found.items()) if (n, name.lower()) != (0, "background")}
+    return {number: Category(name, number not in stuff) for number, name in sorted(found.items())}
 
 
 def checked_kind(kind: str) -> Kind:
@@ -125,15 +128,16 @@ def _maps(prediction: Any, count: int, kind: Kind) -> np.ndarray:
         )
     whole = array if array.dtype.kind in "iub" else np.rint(array)
     if array.dtype.kind not in "iub" and not np.array_equal(whole, array):
-        raise ValueError(f"post-processing for {kind!r} leaves whole numbers, got fractions: it must end with an argmax")
+        raise ValueError(f"post-processing for {kind!r} leaves whole numbers, got fractions: end it with an argmax")
     return whole.astype(np.int32, copy=False)
 
 
 def _detected(detection: Mapping[str, Any], categories: Categories) -> Instances:
-    missing = {"boxes", "labels", "scores", "masks"} - detection.keys()
+    parts = ("boxes", "labels", "scores", "masks")
+    missing = [name for name in parts if name not in detection]
     if missing:
-        raise ValueError(f"a detection has boxes, labels, scores and masks; this one lacks {', '.join(sorted(missing))}")
-    boxes, labels, scores, masks = (_array(detection[name]) for name in ("boxes", "labels", "scores", "masks"))
+        raise ValueError(f"a detection has boxes, labels, scores and masks; this one lacks {', '.join(missing)}")
+    boxes, labels, scores, masks = (_array(detection[name]) for name in parts)
     if masks.ndim != 4 or masks.shape[1] != 1:
         raise ValueError(f"masks of a detection are (N, 1, rows, columns), got the shape {masks.shape}")
     inside = masks[:, 0] if masks.dtype == bool else masks[:, 0] > 0.5

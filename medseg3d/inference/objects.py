@@ -73,6 +73,23 @@ def _summits(height: np.ndarray) -> np.ndarray:
     return summit.reshape(height.shape)
 
 
+def filled(foreground: np.ndarray, largest: int) -> np.ndarray:
+    """The foreground with its holes of at most ``largest`` voxels, bool: what background does not reach from the edge.
+
+    A network that looks for borders leaves free what is pale within an object too.
+
+    Args:
+        foreground: bool, two or three axes.
+        largest: voxels of the largest hole that is filled; what lies between objects in a ring is larger.
+    """
+    around = components(np.pad(~foreground, 1, constant_values=True))  # one part with all that touches the edge
+    counts = np.bincount(around.ravel())
+    small = counts <= largest
+    small[[0, around.flat[0]]] = False
+    inside = tuple(slice(1, -1) for _ in range(foreground.ndim))
+    return foreground | small[around][inside]
+
+
 def grown(objects: np.ndarray, distance: float, within: np.ndarray | None = None) -> np.ndarray:
     """Objects with what lies at most ``distance`` voxels from them, each voxel to the nearest; int32.
 
@@ -106,6 +123,7 @@ class ObjectsFromLogitsd(MapTransform):
         spread: of the watershed.
         grow: voxels by which objects grow into what is free around them, to undo the line that training left free.
         least: voxels of the smallest object that is kept.
+        holes: voxels of the largest hole in the foreground that is filled first.
 
     Raises:
         ValueError: a method of another name, or a threshold outside 0 to 1.
@@ -119,6 +137,7 @@ class ObjectsFromLogitsd(MapTransform):
         spread: float = 2.0,
         grow: float = 0.0,
         least: int = 1,
+        holes: int = 0,
     ) -> None:
         super().__init__(keys)
         if method not in ("components", "watershed"):
@@ -126,13 +145,15 @@ class ObjectsFromLogitsd(MapTransform):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}")
         self.threshold, self.method, self.spread = threshold, method, spread
-        self.grow, self.least = grow, least
+        self.grow, self.least, self.holes = grow, least, holes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key in self.key_iterator(result):
             logits = torch.as_tensor(result[key]).float()
             foreground = (1 - logits.softmax(0)[0] > self.threshold).cpu().numpy()
+            if self.holes:
+                foreground = filled(foreground, self.holes)
             if self.method == "components":
                 objects = components(foreground, self.least)
             else:

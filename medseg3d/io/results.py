@@ -1,4 +1,4 @@
-"""Segmentations of pictures out: numbers as a label image, objects as COCO JSON, both as COCO's panoptic PNG and JSON."""
+"""Segmentations of pictures out: label images, objects as COCO JSON, and COCO's panoptic PNG with its JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ _PARTS = ("images", "annotations", "categories")
 _MOST = 65535
 
 
-def write_result(
-    path: str | Path, result: Result, colors: Mapping[int, tuple[int, int, int]] | None = None
-) -> Path:
+def write_result(path: str | Path, result: Result, colors: Mapping[int, tuple[int, int, int]] | None = None) -> Path:
     """Write what is seen at each pixel as PNG or TIFF, atomically.
 
     Of a semantic map the numbers of the classes, with ``colors`` in the palette; of instances their numbers from 1,

@@ -11,17 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medseg3d.training.checkpoint import ResumeFromLast
     from medseg3d.training.iterations import DetectionIteration, SegmentationIteration, channels_last
+    from medseg3d.training.objects import ObjectF1
     from medseg3d.training.surface import HausdorffInMm
 
 _MODULE_OF = {
     "DetectionIteration": "iterations",
     "HausdorffInMm": "surface",
+    "ObjectF1": "objects",
     "ResumeFromLast": "checkpoint",
     "SegmentationIteration": "iterations",
     "channels_last": "iterations",
 }
 
-__all__ = ["DetectionIteration", "HausdorffInMm", "ResumeFromLast", "SegmentationIteration", "channels_last"]
+__all__ = [
+    "DetectionIteration",
+    "HausdorffInMm",
+    "ObjectF1",
+    "ResumeFromLast",
+    "SegmentationIteration",
+    "channels_last",
+]
 
 
 def __getattr__(name: str) -> Any:

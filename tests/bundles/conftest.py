@@ -12,6 +12,8 @@ import pytest
 
 from medseg3d.data.manifest import load_manifest
 from medseg3d.data.sample import sample_ct, sample_labels
+from medseg3d.io import write_image, write_label_image
+from tests import tiny_pictures
 
 SPACING = (4.0, 4.0, 2.5)
 
@@ -34,8 +36,12 @@ def write_nifti(path, array, affine):
 
 def headneck_manifest(path, cases):
     """The headneck manifest with other cases: (patient, split, image, label, contoured), files beside the manifest."""
+    return write_cases(path, "openkbp_headneck", cases)
+
+
+def write_cases(path, name, cases):
     keys = ("patient", "split", "image", "label", "contoured")
-    manifest = load_manifest("openkbp_headneck") | {"cases": [dict(zip(keys, case, strict=True)) for case in cases]}
+    manifest = load_manifest(name) | {"cases": [dict(zip(keys, case, strict=True)) for case in cases]}
     path.write_text(json.dumps(manifest))
     return DataSet(path.parent, path)
 
@@ -73,6 +79,18 @@ def phantoms(tmp_path_factory):
         label = write_nifti(folder / f"p{seed}_oar.nii.gz", labels, affine).name
         cases.append((f"p{seed}", split, image, label, contoured))
     return headneck_manifest(folder / "manifest.json", cases)
+
+
+@pytest.fixture(scope="session")
+def picture_phantoms(tmp_path_factory):
+    """Two made-up pictures of discs a split, and their numbered objects."""
+    folder = tmp_path_factory.mktemp("picture phantoms")
+    cases = []
+    for n, split in enumerate(2 * ("train", "validation", "test")):
+        image = write_image(folder / f"p{n}_image.png", np.roll(tiny_pictures.picture(), n, axis=1)).name
+        label = write_label_image(folder / f"p{n}_labels.png", np.roll(tiny_pictures.numbered(), n, axis=1)).name
+        cases.append((f"p{n}", split, image, label, [1]))
+    return write_cases(folder / "manifest.json", "dsb2018_nuclei", cases)
 
 
 @pytest.fixture

@@ -120,7 +120,8 @@ def test_version_and_labels(bundle):
     pred = data_format["outputs"]["pred"]
     assert list(pred["channel_def"]) == [str(number) for number in range(pred["num_channels"])]
     assert pred["channel_def"]["0"] == "background"
-    assert data_format["post_processed_outputs"]["pred"]["value_range"] == [0, pred["num_channels"] - 1]
+    last = 65535 if bundle.pictures == "instances" else pred["num_channels"] - 1
+    assert data_format["post_processed_outputs"]["pred"]["value_range"] == [0, last]
     assert load_manifest(config(bundle, "train")["manifest"])["labels"] == pred["channel_def"]
     listed = ", ".join(f"{number} {name}" for number, name in pred["channel_def"].items())
     assert metadata["label_classes"] == listed
@@ -142,8 +143,10 @@ def test_ids_that_other_programs_look_up(bundle):
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
-def test_bundle_workflow_properties(bundle, kind, phantoms, tmp_path):
-    overrides = phantoms.overrides | {"output_dir": str(tmp_path)} | ({"cache_rate": 0.0} if kind == "train" else {})
+def test_bundle_workflow_properties(bundle, kind, phantoms, picture_phantoms, tmp_path):
+    data = picture_phantoms if bundle.pictures else phantoms
+    small = {"crop_size": [40, 40]} if bundle.pictures else {"cache_rate": 0.0}
+    overrides = data.overrides | {"output_dir": str(tmp_path)} | (small if kind == "train" else {})
     workflow = ConfigWorkflow(
         str(bundle.path / "configs" / f"{kind}.json"),
         workflow_type=kind,

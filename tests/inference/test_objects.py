@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medseg3d.data.border_weights import part_touching
-from medseg3d.inference.objects import ObjectsFromLogitsd, components, grown, watershed
+from medseg3d.inference.objects import ObjectsFromLogitsd, components, filled, grown, watershed
 
 
 def discs(*centres, radius=8, size=(40, 60)):
@@ -45,6 +45,23 @@ def test_the_watershed_in_three_dimensions_keeps_single_voxels():
 @pytest.mark.parametrize("part", [components, watershed])
 def test_no_foreground_no_objects(part):
     assert not part(np.zeros((5, 6), bool)).any()
+
+
+def test_small_holes_are_filled_and_bays_are_not():
+    shape = np.ones((12, 14), bool)
+    shape[2:4, 2:5] = False  # 6 voxels within
+    shape[6:10, 2:10] = False  # 32 voxels within
+    shape[0:3, 10] = False  # a bay of 3
+    expected = shape.copy()
+    expected[2:4, 2:5] = True
+    before = shape.copy()
+    assert (filled(shape, 6) == expected).all() and (filled(shape, 5) == shape).all()
+    assert (shape == before).all() and filled(np.zeros((3, 3), bool), 9).sum() == 0
+    ball = np.ones((5, 5, 5), bool)
+    ball[2, 2, 2] = False
+    assert filled(ball, 1).all()
+    logits = torch.from_numpy(np.stack([~shape, shape])).float() * 10
+    assert (ObjectsFromLogitsd("pred", holes=6)({"pred": logits})["pred"] > 0).sum() == expected.sum()
 
 
 def test_objects_grow_to_the_middle():

@@ -39,7 +39,9 @@ class Case:
         ]
 
 
-@pytest.fixture(scope="module", params=["maskrcnn_resnet50_fpn", pytest.param("maskrcnn_resnet50_fpn_v2", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["maskrcnn_resnet50_fpn", pytest.param("maskrcnn_resnet50_fpn_v2", marks=pytest.mark.slow)]
+)
 def case(request):
     from tests.conftest import shared
 
@@ -58,7 +60,12 @@ def test_maps_logits_and_proposals(case):
         for i, (ours_logits, ours_codes) in enumerate(zip(logits, codes, strict=True)):
             for name, ours in ((f"rpn_cls{i}", ours_logits), (f"rpn_reg{i}", ours_codes)):
                 stored = golden.arrays[name].shape  # every n-th channel, row and column
-                golden.check(name, ours[:, :: ours.shape[1] // stored[1], :: ours.shape[2] // stored[2]][..., :: ours.shape[3] // stored[3]])
+                golden.check(
+                    name,
+                    ours[:, :: ours.shape[1] // stored[1], :: ours.shape[2] // stored[2]][
+                        ..., :: ours.shape[3] // stored[3]
+                    ],
+                )
         proposals, losses = network.rpn(maps, shapes, batch.shape[2:])
         assert not losses
         order = [ranks(ours, golden.tensor(f"proposals{i}")) for i, ours in enumerate(proposals)]
@@ -97,7 +104,9 @@ def test_detections(case):
 def test_losses_and_gradients(case, dtype, shared):
     if "loss_mask" not in case.golden.arrays.files:
         pytest.skip("inference only is stored")
-    norms = json.loads(shared("golden", "2d", "detection", "maskrcnn_resnet50_fpn.grad_norms.json").read_text())["norms"]
+    norms = json.loads(shared("golden", "2d", "detection", "maskrcnn_resnet50_fpn.grad_norms.json").read_text())[
+        "norms"
+    ]
     network = case.network.to(dtype)
     losses = network([image.to(dtype) for image in case.images], case.targets())
     for name, loss in losses.items():
@@ -108,7 +117,9 @@ def test_losses_and_gradients(case, dtype, shared):
     network.float().zero_grad(set_to_none=True)
     # In float32 a unit may be on the other side of its ReLU's kink, which shows in the smallest norms.
     largest = max(norms.values()) if dtype == torch.float32 else 0
-    wrong = {name: (ours[name], norm) for name, norm in norms.items() if abs(ours[name] - norm) > 1e-3 * max(norm, largest)}
+    wrong = {
+        name: (ours[name], norm) for name, norm in norms.items() if abs(ours[name] - norm) > 1e-3 * max(norm, largest)
+    }
     assert not wrong
 
 

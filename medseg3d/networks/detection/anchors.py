@@ -28,8 +28,8 @@ class AnchorGenerator:
     def __init__(self, sizes: Sizes = PYRAMID_SIZES, aspect_ratios: Sizes = RATIOS) -> None:
         self.sizes = [_floats(size) for size in sizes]
         shared = all(isinstance(ratio, int | float) for ratio in aspect_ratios)
-        ratios = [aspect_ratios] * len(self.sizes) if shared else aspect_ratios
-        self.aspect_ratios = [_floats(ratio) for ratio in ratios]
+        ratios = [value for ratio in aspect_ratios for value in _floats(ratio)]
+        self.aspect_ratios = [ratios] * len(self.sizes) if shared else [_floats(ratio) for ratio in aspect_ratios]
         if len(self.sizes) != len(self.aspect_ratios):
             raise ValueError(
                 f"sizes are those of {len(self.sizes)} maps and aspect_ratios those of {len(self.aspect_ratios)}: give "

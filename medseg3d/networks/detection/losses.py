@@ -47,9 +47,7 @@ def box_head_loss(
     codes_NK4 = codes_NX.unflatten(1, (-1, 4))
     classes = labels_N[objects] if codes_NK4.shape[1] > 1 else torch.zeros_like(objects)
     classification = F.cross_entropy(in_full_precision(logits_NC), labels_N)
-    return classification, smooth_l1_per_sample(
-        codes_NK4[objects, classes], targets_N4[objects], len(labels_N), beta
-    )
+    return classification, smooth_l1_per_sample(codes_NK4[objects, classes], targets_N4[objects], len(labels_N), beta)
 
 
 def mask_loss(logits_NCMM: torch.Tensor, labels_N: torch.Tensor, targets_NMM: torch.Tensor) -> torch.Tensor:

@@ -197,9 +197,7 @@ def maskrcnn_resnet50_fpn(
     return MaskRCNN(backbone, num_classes, **settings)
 
 
-def maskrcnn_resnet50_fpn_v2(
-    num_classes: int = 91, *, trainable_backbone_layers: int = 3, **settings: Any
-) -> MaskRCNN:
+def maskrcnn_resnet50_fpn_v2(num_classes: int = 91, *, trainable_backbone_layers: int = 3, **settings: Any) -> MaskRCNN:
     """The second form: batch norm everywhere, two convolutions in the RPN, four and one linear layer in the box head.
 
     46,359,409 parameters with 91 classes. Li et al., "Benchmarking detection transfer learning with vision

@@ -53,7 +53,8 @@ def paste_masks_in_image(
     def pasted(part: slice) -> torch.Tensor:
         rows_NHM = _enlarging(first_N2[part, 1], last_N2[part, 1], side, height, masks.dtype)
         columns_NWM = _enlarging(first_N2[part, 0], last_N2[part, 0], side, width, masks.dtype)
-        return rows_NHM @ masks[part] @ columns_NWM.mT
+        with torch.autocast(masks.device.type, enabled=False):
+            return rows_NHM @ masks[part] @ columns_NWM.mT
 
     if threshold is None:
         return pasted(slice(None))
@@ -74,9 +75,7 @@ def _whole_pixels(boxes_N4: torch.Tensor, scale: float) -> tuple[torch.Tensor, t
     return first, torch.maximum(last, first)
 
 
-def _enlarging(
-    first_N: torch.Tensor, last_N: torch.Tensor, side: int, length: int, dtype: torch.dtype
-) -> torch.Tensor:
+def _enlarging(first_N: torch.Tensor, last_N: torch.Tensor, side: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     """Matrices (N, length, side) that stretch ``side`` values over the pixels from the first to the last, half-pixel
     centres, edges repeated; rows of zeros outside of them."""
     pixel = torch.arange(length, device=first_N.device) - first_N[:, None]
@@ -110,7 +109,8 @@ def project_masks_on_boxes(
         rows, first_row = _averaging(start[1:], extent[1:], size, down, lengths[1])
         columns, first_column = _averaging(start[:1], extent[:1], size, across, lengths[0])
         crop = masks_GHW[object_, first_row : first_row + rows.shape[1], first_column : first_column + columns.shape[1]]
-        targets[i] = rows @ crop.to(boxes.dtype) @ columns.T
+        with torch.autocast(boxes.device.type, enabled=False):
+            targets[i] = rows @ crop.to(boxes.dtype) @ columns.T
     return targets
 
 

@@ -53,7 +53,7 @@ def batched_nms(
     Groups are compared, not moved apart by offsets, so the coordinates may have any sign and size.
     """
     _check(boxes_N4, scores_N, groups_N)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(boxes_N4.device.type, enabled=False):
         order = scores_N.argsort(descending=True, stable=True)
         boxes = in_full_precision(boxes_N4)[order]
         groups = None if groups_N is None else groups_N[order]

@@ -96,7 +96,7 @@ class BoxSelection:
     def __call__(
         self, logits_NK: torch.Tensor, codes_NX: torch.Tensor, boxes_N4: torch.Tensor, shape: Sequence[int]
     ) -> Detection:
-        """"boxes" (D, 4), "labels" (D,) from 1 on, and "scores" (D,) of an image, the best first.
+        """ "boxes" (D, 4), "labels" (D,) from 1 on, and "scores" (D,) of an image, the best first.
 
         Args:
             logits_NK: logits of the classes.
@@ -145,9 +145,7 @@ class RoIHeads(nn.Module):
         self.target_sampler, self.selection, self.box_loss_beta = target_sampler, selection, box_loss_beta
         self.mask_roi_pool, self.mask_head, self.mask_predictor = mask_roi_pool, mask_head, mask_predictor
 
-    def forward(
-        self, features: Maps, proposals: Sequence[torch.Tensor], image_shapes: Sizes
-    ) -> list[Detection]:
+    def forward(self, features: Maps, proposals: Sequence[torch.Tensor], image_shapes: Sizes) -> list[Detection]:
         """Detections of each image; "masks" (D, 1, M, M) are probabilities in the frames of their boxes.
 
         Args:

@@ -100,7 +100,11 @@ class RegionProposalNetwork(nn.Module):
             all_boxes.append(boxes.view_as(chosen_BK4))
             all_logits.append(best_BK)
             all_levels.append(torch.full_like(index_BK[0], level))
-        boxes_BN4, scores_BN, levels_N = torch.cat(all_boxes, 1), torch.cat(all_logits, 1).sigmoid(), torch.cat(all_levels)
+        boxes_BN4, scores_BN, levels_N = (
+            torch.cat(all_boxes, 1),
+            torch.cat(all_logits, 1).sigmoid(),
+            torch.cat(all_levels),
+        )
         inclusive, proposals = self.coder.inclusive, []
         for boxes, scores, shape in zip(boxes_BN4, scores_BN, image_shapes, strict=True):
             boxes = clip_boxes_to_image(boxes, shape, inclusive)

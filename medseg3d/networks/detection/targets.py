@@ -41,13 +41,9 @@ def _check(image: torch.Tensor, target: Mapping[str, torch.Tensor], num_classes:
     boxes, labels = target["boxes"], target["labels"]
     count = len(boxes)
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(
-            f"boxes are (N, 4), got {tuple(boxes.shape)}; of no objects they are torch.zeros(0, 4)"
-        )
+        raise ValueError(f"boxes are (N, 4), got {tuple(boxes.shape)}; of no objects they are torch.zeros(0, 4)")
     if labels.shape != (count,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels are ({count},), int64, one for each box, got {tuple(labels.shape)}, {labels.dtype}"
-        )
+        raise ValueError(f"labels are ({count},), int64, one for each box, got {tuple(labels.shape)}, {labels.dtype}")
     if masks and tuple(target["masks"].shape) != (count, *image.shape[-2:]):
         raise ValueError(
             f"masks are {(count, *image.shape[-2:])}, one for each box on the whole image, got "
@@ -65,6 +61,6 @@ def _check(image: torch.Tensor, target: Mapping[str, torch.Tensor], num_classes:
     if bad.any():
         which = int(bad.nonzero()[0])
         raise ValueError(
-            f"boxes are (x0, y0, x1, y1), finite, with x0 < x1 and y0 < y1, got {boxes[which].tolist()} as box {which}: "
-            "leave out objects without an area"
+            f"boxes are (x0, y0, x1, y1), finite, with x0 < x1 and y0 < y1, got {boxes[which].tolist()} as box "
+            f"{which}: leave out objects without an area"
         )

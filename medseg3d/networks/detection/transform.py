@@ -93,7 +93,7 @@ class DetectionTransform:
             )
 
     def __call__(
-        self, images: Sequence[torch.Tensor], targets: Sequence[Target] | None = None
+        self, images: Sequence[torch.Tensor], targets: Sequence[Mapping[str, torch.Tensor]] | None = None
     ) -> tuple[torch.Tensor, list[ResizeRecord], list[Target] | None]:
         """The batch (B, C, H, W), a record for each picture, and the targets in the resized frames.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medseg3d.data.sample import sample_ct
     from medseg3d.geometry import Geometry
     from medseg3d.io import LabelTable, read_volume, write_label_map
+    from medseg3d.pictures import PictureSegmentation, PictureSegmenter
     from medseg3d.segmentation import Segmentation
     from medseg3d.segmenter import Segmenter
     from medseg3d.volume import Volume
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Geometry": "medseg3d.geometry",
     "LabelTable": "medseg3d.io",
+    "PictureSegmentation": "medseg3d.pictures",
+    "PictureSegmenter": "medseg3d.pictures",
     "Segmentation": "medseg3d.segmentation",
     "Segmenter": "medseg3d.segmenter",
     "Volume": "medseg3d.volume",
@@ -34,6 +37,8 @@ _MODULE_OF = {
 __all__ = [
     "Geometry",
     "LabelTable",
+    "PictureSegmentation",
+    "PictureSegmenter",
     "Segmentation",
     "Segmenter",
     "Volume",

@@ -150,7 +150,9 @@ def models(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Compare segmentations with references, per label."""
+    """Compare segmentations with references, per label, or object by object in pictures."""
+    if _are_pictures(args.predictions):
+        return _evaluate_objects(args)
     from medseg3d.io import LabelTable, read_label_table
     from medseg3d.report.evaluation import evaluate_folders, summary_table, write_evaluation_csv
 
@@ -175,6 +177,30 @@ def evaluate(args: argparse.Namespace) -> int:
     print(summary_table(result.rows))
     if args.output:
         print(write_evaluation_csv(args.output, result.rows))
+    return DONE
+
+
+def _are_pictures(path: str) -> bool:
+    from medseg3d.report.evaluation import is_label_image
+
+    target = Path(path)
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    return any(map(is_label_image, files)) and not _label_maps(path)
+
+
+def _evaluate_objects(args: argparse.Namespace) -> int:
+    from medseg3d.report.objects import evaluate_objects, objects_table, write_objects_csv
+
+    if args.labels or args.model or args.manifest:
+        raise UsageError(
+            "in pictures objects are compared, whatever their class: leave --labels, -m and --manifest out"
+        )
+    result = evaluate_objects(args.predictions, args.references)
+    for path, reason in result.unpaired:
+        _say(f"left out {path}: {reason}")
+    print(objects_table(result))
+    if args.output:
+        print(write_objects_csv(args.output, result.rows))
     return DONE
 
 

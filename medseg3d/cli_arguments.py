@@ -130,12 +130,16 @@ def _add_predict(verbs: Any) -> None:
 
 
 def _add_evaluate(verbs: Any) -> None:
-    verb = _verb(verbs, "evaluate", "compare segmentations with references: Dice, NSD, HD95, volume error")
+    verb = _verb(
+        verbs,
+        "evaluate",
+        "compare segmentations with references: Dice, NSD, HD95, volume error; objects of pictures: F1, AP",
+    )
     verb.add_argument("-p", "--predictions", required=True, metavar="PATH", help="file or folder of segmentations")
     verb.add_argument(
         "-r", "--references", required=True, metavar="PATH", help="file or folder of reference label maps"
     )
-    verb.add_argument("-o", "--output", metavar="CSV", help="write a row for each case and label")
+    verb.add_argument("-o", "--output", metavar="CSV", help="write a row for each case and label, or picture")
     verb.add_argument("--labels", metavar="JSON", help='label names, {"1": "brainstem", ...}')
     verb.add_argument("-m", "--model", help="take the label names of this model")
     verb.add_argument("--manifest", help="a data manifest that says which organs each case has; others are not counted")

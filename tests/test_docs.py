@@ -13,6 +13,7 @@ import pytest
 import medseg3d
 from medseg3d import cli
 from medseg3d.catalogue import BundleInfo
+from medseg3d.io import write_label_image
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("inference", "pictures")
@@ -46,6 +47,8 @@ def pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("cells.png", "pictures/a.png", "pictures/b.tif", "more/c.tif"):
         tiny.write_picture(tmp_path / name)
+    write_label_image(tmp_path / "references" / "a_labels.png", tiny.numbered())
+    monkeypatch.setenv("MEDSEG3D_DEVICE", "cpu")
     folder = tiny.write_picture_bundle(tmp_path / "model" / "nuclei_microscopy_unet", "instances")
     bundle = BundleInfo(folder, shipped=True)
     for module in ("medseg3d.cli", "medseg3d.bundle"):
@@ -63,7 +66,9 @@ def test_the_snippets_on_pictures_run(pictures):
 
 def test_the_commands_on_pictures_run_and_write_what_is_listed(pictures, run):
     for command in commands("pictures"):
-        assert run(*shlex.split(command)[1:], "-d", "cpu")[0] == 0
+        code, out, _ = run(*shlex.split(command)[1:])
+        assert code == 0
+    assert "found         3" in out and (pictures / "objects.csv").is_file()
     written = {path.name for path in (pictures / "results").iterdir()}
     ends = ("_seg.png", "_seg.json", ".preview.png")
     assert written == {f"{name}{end}" for name in "abc" for end in ends} | {
@@ -78,7 +83,7 @@ def test_the_commands_on_pictures_run_and_write_what_is_listed(pictures, run):
 def test_commands_are_understood(command):
     arguments = shlex.split(command)
     assert arguments[0] == "medseg3d"
-    assert cli._parser().parse_args(arguments[1:]).function is cli.predict
+    assert cli._parser().parse_args(arguments[1:]).function.__name__ == arguments[1]
 
 
 @pytest.mark.parametrize("text", [text for page in PAGES for text in blocks("json", page) if "inferer" in text])

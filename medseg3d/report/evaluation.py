@@ -50,10 +50,11 @@ def case_name(path: str | Path) -> str:
     return _ROLES.sub("", split_name(path)[0])
 
 
-def pair_cases(predictions: Files, references: Files) -> Pairs:
+def pair_cases(predictions: Files, references: Files, pictures: bool = False) -> Pairs:
     """Pair predictions with references by `case_name`; one file on either side is a pair whatever the names.
 
-    Of a folder the NIfTI, NRRD and MetaImage files directly inside are taken. A name that ends in an image's word (_ct)
+    Of a folder the NIfTI, NRRD and MetaImage files directly inside are taken, or with ``pictures`` the PNG and TIFF
+    files, previews left out. A name that ends in an image's word (_ct)
     is set aside where the same side has a label map of that case (_seg, _oar).
 
     Raises:
@@ -63,7 +64,7 @@ def pair_cases(predictions: Files, references: Files) -> Pairs:
     sides = _listed(predictions), _listed(references)
     if all(len(side) == 1 and side[0].is_file() for side in sides):
         return Pairs({case_name(sides[0][0]): (sides[0][0], sides[1][0])}, [])
-    predicted, expected = (_by_case(_files(side)) for side in sides)
+    predicted, expected = (_by_case(_files(side, pictures)) for side in sides)
     both = sorted(predicted.keys() & expected.keys())
     unpaired = [(path, "no reference of this name") for case, path in predicted.items() if case not in expected]
     unpaired += [(path, "no prediction of this name") for case, path in expected.items() if case not in predicted]
@@ -74,6 +75,12 @@ def pair_cases(predictions: Files, references: Files) -> Pairs:
             f" predictions {names[0]}, ...; references {names[1]}, ..."
         )
     return Pairs({case: (predicted[case], expected[case]) for case in both}, unpaired)
+
+
+def is_label_image(file: Path) -> bool:
+    """Whether a file may be a label image, by its name."""
+    stem, suffix = split_name(file)
+    return suffix in (".png", ".tif", ".tiff") and not stem.endswith(".preview")
 
 
 def evaluate_files(
@@ -186,14 +193,18 @@ def _listed(given: Files) -> list[Path]:
     return paths
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
+def _files(paths: Iterable[Path], pictures: bool) -> Iterator[Path]:
     """The files among `paths`, and the label maps or images directly in the folders among them."""
     for path in paths:
         if path.is_dir():
-            kinds = ((file, KINDS.get(split_name(file)[1])) for file in sorted(path.iterdir()))
-            yield from (file for file, kind in kinds if kind in ("nifti", "itk") and not file.name.startswith("."))
+            files = (file for file in sorted(path.iterdir()) if not file.name.startswith("."))
+            yield from filter(is_label_image if pictures else _is_scan, files)
         else:
             yield path
+
+
+def _is_scan(file: Path) -> bool:
+    return KINDS.get(split_name(file)[1]) in ("nifti", "itk")
 
 
 def _by_case(files: Iterable[Path]) -> dict[str, Path]:

@@ -126,12 +126,12 @@ class CocoPrecision:
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers by their names, in its order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs,
-        ARm, ARl; each in [0, 1] or nan. Needs the rules of COCO."""
+        ARm, ARl; each in [0, 1] or nan. Under rules with other limits AR is told for those."""
         sizes = {"s": "small", "m": "medium", "l": "large"}
         numbers = {"AP": self.average_precision()}
         numbers |= {f"AP{percent}": self.average_precision(percent / 100) for percent in (50, 75)}
         numbers |= {f"AP{letter}": self.average_precision(area=area) for letter, area in sizes.items()}
-        numbers |= {f"AR{limit}": self.average_recall(limit) for limit in (1, 10, 100)}
+        numbers |= {f"AR{limit}": self.average_recall(limit) for limit in self.rules.limits}
         return numbers | {f"AR{letter}": self.average_recall(area=area) for letter, area in sizes.items()}
 
     @cached_property

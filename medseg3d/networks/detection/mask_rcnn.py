@@ -77,6 +77,7 @@ SETTINGS: dict[str, Any] = {
     "class_agnostic_nms": False,
     "inclusive": False,  # a box's x1, y1 are its last pixels (Detectron)
     "mask_threshold": None,  # return masks as bool, above this probability
+    "scale": None,  # factor of the sides of every picture, instead of min_size and max_size
 }
 # Keywords of a backbone that is given by its name.
 BACKBONE_SETTINGS: dict[str, Any] = {
@@ -125,8 +126,10 @@ class MaskRCNN(nn.Module):
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background: 2 or more, got {num_classes}")
         self.num_classes = num_classes
-        self.transform = DetectionTransform(min_size, max_size, image_mean, image_std, fixed_size=fixed_size)
         s = _complete(settings, isinstance(backbone, str))
+        self.transform = DetectionTransform(
+            min_size, max_size, image_mean, image_std, fixed_size=fixed_size, scale=s.scale
+        )
         if isinstance(backbone, str):
             backbone = _pyramid(backbone, len(self.transform.image_mean), s)
         channels = getattr(backbone, "out_channels", None)

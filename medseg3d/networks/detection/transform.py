@@ -62,6 +62,7 @@ class DetectionTransform:
         image_mean, image_std: of each channel of pictures with values from 0 to 1.
         size_divisible: the batch's sides are multiples of it.
         fixed_size: (height, width) for every picture instead of ``min_size`` and ``max_size``.
+        scale: factor of the sides of every picture instead, for pictures whose pixels all have one size.
 
     Raises:
         ValueError: on arguments out of range.
@@ -75,6 +76,7 @@ class DetectionTransform:
         image_std: Sequence[float] | None = None,
         size_divisible: int = 32,
         fixed_size: tuple[int, int] | None = None,
+        scale: float | None = None,
     ) -> None:
         self.min_size = (min_size,) if isinstance(min_size, int) else tuple(min_size)
         self.max_size = max_size
@@ -82,10 +84,13 @@ class DetectionTransform:
         self.image_std = tuple(IMAGENET_STD if image_std is None else image_std)
         self.size_divisible = size_divisible
         self.fixed_size = fixed_size
+        self.scale = scale
         if not self.min_size or min(self.min_size) < 1 or max_size < 1 or size_divisible < 1:
             raise ValueError(
                 f"sizes are positive, got min_size={min_size}, max_size={max_size}, size_divisible={size_divisible}"
             )
+        if scale is not None and (scale <= 0 or fixed_size is not None):
+            raise ValueError(f"scale is a positive factor, without a fixed_size, got {scale} and {fixed_size}")
         if len(self.image_mean) != len(self.image_std) or not all(self.image_std):
             raise ValueError(
                 "image_mean and image_std have a number for each channel, and none of the latter is 0, got "
@@ -137,12 +142,15 @@ class DetectionTransform:
         if self.fixed_size is not None:
             resized = (self.fixed_size[0], self.fixed_size[1])
         else:
-            choice = int(torch.randint(len(self.min_size), ())) if training and len(self.min_size) > 1 else -1
-            scale = min(self.min_size[choice] / min(original), self.max_size / max(original))
+            scale = self._scale(original, training) if self.scale is None else self.scale
             resized = (max(1, math.floor(original[0] * scale)), max(1, math.floor(original[1] * scale)))
         if resized != original:
             image_CHW = F.interpolate(image_CHW[None], size=resized, mode="bilinear", align_corners=False)[0]
         return image_CHW, ResizeRecord(original, resized)
+
+    def _scale(self, size: tuple[int, int], training: bool) -> float:
+        choice = int(torch.randint(len(self.min_size), ())) if training and len(self.min_size) > 1 else -1
+        return min(self.min_size[choice] / min(size), self.max_size / max(size))
 
     def _batch(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))

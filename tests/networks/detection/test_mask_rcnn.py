@@ -250,3 +250,14 @@ def test_sizes_of_pictures():
     assert drawn == {64, 80}
     with pytest.raises(ValueError, match="image_std have a number for each channel"):
         DetectionTransform(image_mean=(0.5,))
+
+
+def test_one_scale_for_pictures_of_all_sizes():
+    transform = DetectionTransform(scale=1.5)
+    batch, records, _ = transform([torch.rand(3, 10, 31), torch.rand(3, 40, 20)])
+    assert [record.resized for record in records] == [(15, 46), (60, 30)]
+    assert batch.shape == (2, 3, 64, 64)
+    assert MaskRCNN("resnet18", 2, scale=2.0).transform.scale == 2.0
+    for arguments in ({"scale": 0.0}, {"scale": 2.0, "fixed_size": (8, 8)}):
+        with pytest.raises(ValueError, match="scale is a positive factor, without a fixed_size"):
+            DetectionTransform(**arguments)

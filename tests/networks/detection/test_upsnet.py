@@ -87,8 +87,8 @@ def test_a_picture_of_which_nothing_is_known_teaches_no_semantics():
 
 def test_the_scene_is_learnt_and_told_at_the_pictures_size():
     network, (image, target) = small(roi_weight=0.0, panoptic_weight=0.5, semantic_weight=1.0), scene()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(120):
         losses = network([image], [target])
         optimizer.zero_grad()
         sum(losses.values()).backward()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import torch
 
 from medseg3d.inference import memory
 from medseg3d.inference.memory import keep_freed_memory
+from tests.conftest import ROOT
 
 BLOCK = 200  # MB
 HALF = BLOCK // 2
-needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="this C library has no mallopt and malloc_trim")
 
 
 def resident():
@@ -32,8 +34,7 @@ def held_after_use(size=BLOCK):
     return resident() - before
 
 
-@needs_glibc
-def test_memory_is_kept_within_and_given_back_afterwards():
+def memory_is_kept_within_and_given_back_afterwards():
     assert held_after_use() < HALF
     before = resident()
     with keep_freed_memory():
@@ -44,8 +45,7 @@ def test_memory_is_kept_within_and_given_back_afterwards():
     assert held_after_use() < HALF
 
 
-@needs_glibc
-def test_memory_is_given_back_from_below_what_is_still_used():
+def memory_is_given_back_from_below_what_is_still_used():
     before = resident()
     with keep_freed_memory():
         block = torch.ones(BLOCK * 1_000_000, dtype=torch.uint8)
@@ -55,8 +55,7 @@ def test_memory_is_given_back_from_below_what_is_still_used():
     assert resident() - before < HALF and result.sum() == 1e6
 
 
-@needs_glibc
-def test_the_outermost_block_decides():
+def the_outermost_block_decides():
     before = resident()
     with keep_freed_memory():
         with keep_freed_memory():
@@ -66,14 +65,31 @@ def test_the_outermost_block_decides():
     assert resident() - before < HALF
 
 
-@needs_glibc
-def test_an_error_gives_it_back_too():
+def an_error_gives_it_back_too():
     before = resident()
     with pytest.raises(ValueError, match="of the network"), keep_freed_memory():
         held_after_use()
         raise ValueError("of the network")
     assert resident() - before < HALF
     assert held_after_use() < HALF
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="this C library has no mallopt and malloc_trim")
+@pytest.mark.parametrize(
+    "check",
+    [
+        memory_is_kept_within_and_given_back_afterwards,
+        memory_is_given_back_from_below_what_is_still_used,
+        the_outermost_block_decides,
+        an_error_gives_it_back_too,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_in_a_process_of_its_own(check):
+    """What other tests have left free in the heap would be used first."""
+    code = f"from {__name__} import {check.__name__} as check; check()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class Recorder:

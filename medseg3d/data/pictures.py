@@ -17,6 +17,7 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 
 from medseg3d.io.raster import read_image, read_label_image
+from medseg3d.tasks import mask_boxes
 
 
 class LoadPictured(MapTransform):
@@ -102,15 +103,7 @@ class ObjectTargetsd(MapTransform):
             numbers, counts = np.unique(objects[objects > 0], return_counts=True)
             numbers = numbers[counts >= self.least]
             masks = objects == numbers[:, None, None]
-            edges = [[span(mask.any(0)), span(mask.any(1))] for mask in masks]
-            boxes = [[x[0], y[0], x[1], y[1]] for x, y in edges]
-            result["boxes"] = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+            result["boxes"] = torch.from_numpy(mask_boxes(masks, inclusive=False).astype(np.float32))
             result["labels"] = torch.ones(len(numbers), dtype=torch.int64)
             result["masks"] = torch.from_numpy(masks.astype(np.uint8))
         return result
-
-
-def span(hit: np.ndarray) -> tuple[int, int]:
-    """First index that is hit, and the one after the last."""
-    where = np.flatnonzero(hit)
-    return int(where[0]), int(where[-1]) + 1

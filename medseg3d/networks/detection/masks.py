@@ -69,6 +69,9 @@ def paste_masks_in_image(
 def _whole_pixels(boxes_N4: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last pixels (N, 2), x and y, of boxes grown by ``scale`` about their centres, cut towards zero."""
     boxes = in_full_precision(boxes_N4)
+    if scale == 1:  # exactly: a corner on a whole pixel stays there
+        first, last = boxes[:, :2].long(), boxes[:, 2:].long()
+        return first, torch.maximum(last, first)
     half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
     centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
     first, last = (centre - half).long(), (centre + half).long()

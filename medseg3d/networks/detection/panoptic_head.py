@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
+
+from medseg3d.networks.detection.masks import paste_masks_in_image
 
 VOID = 255
 
@@ -39,7 +40,8 @@ def panoptic_logits(
     by_class = [_within_box(things[c], box) for c, box in zip(classes_N.tolist(), boxes_N4, strict=True)]
     explained = torch.stack(by_class) if by_class else things.new_zeros(1, *size)
     unknown = things.amax(0) - explained.amax(0)
-    instances = [x + paste(mask, box, size) for x, mask, box in zip(by_class, masks_Nmm, boxes_N4, strict=True)]
+    masks = paste_masks_in_image(masks_Nmm, boxes_N4, size, padding=0)
+    instances = [x + mask for x, mask in zip(by_class, masks, strict=True)]
     return torch.stack([*semantic_KHW[:stuff], *instances, unknown])
 
 
@@ -65,19 +67,6 @@ def _within_box(logits_HW: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     return inside
 
 
-def paste(mask_mm: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Mask logits resized bilinearly to the box, whose ends are cut to whole voxels, and 0 outside: (H, W)."""
-    x0, y0, x1, y1 = (int(edge) for edge in box.tolist())
-    height, width = max(1, y1 - y0 + 1), max(1, x1 - x0 + 1)
-    resized = F.interpolate(mask_mm[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
-    pasted = mask_mm.new_zeros(size)
-    top, left = max(0, y0), max(0, x0)
-    bottom, right = min(size[0], y0 + height), min(size[1], x0 + width)
-    if top < bottom and left < right:
-        pasted[top:bottom, left:right] = resized[top - y0 : bottom - y0, left - x0 : right - x0]
-    return pasted
-
-
 def remove_overlaps(
     boxes_N4: torch.Tensor,
     scores_N: torch.Tensor,
@@ -93,8 +82,9 @@ def remove_overlaps(
     """
     taken: dict[int, torch.Tensor] = {}
     kept = []
+    masks = paste_masks_in_image(masks_Nmm, boxes_N4, size, padding=0, threshold=0.0)
     for number in scores_N.argsort(descending=True, stable=True).tolist():
-        mask = paste(masks_Nmm[number], boxes_N4[number], size) > 0
+        mask = masks[number]
         area = int(mask.sum())
         of_class = taken.setdefault(int(classes_N[number]), torch.zeros_like(mask))
         if area and int((mask & of_class).sum()) <= most * area:

@@ -24,12 +24,12 @@ from medseg3d.networks.backbones.fpn import resnet_fpn_backbone
 from medseg3d.networks.backbones.resnet import FrozenBatchNorm2d
 from medseg3d.networks.detection.boxes import in_full_precision
 from medseg3d.networks.detection.mask_rcnn import MAPS, MaskRCNN
+from medseg3d.networks.detection.masks import paste_masks_in_image
 from medseg3d.networks.detection.panoptic_head import (
     VOID,
     clean_up,
     panoptic_logits,
     panoptic_target,
-    paste,
     remove_overlaps,
 )
 from medseg3d.networks.detection.roi_align import roi_align
@@ -227,7 +227,6 @@ class UPSNet(nn.Module):
         boxes, labels, masks = boxes[kept], found["labels"][kept], masks[kept]
         panoptic = panoptic_logits(semantic, boxes, labels - 1, masks, self.stuff).argmax(0)
         cleaned = clean_up(panoptic, semantic, labels - 1, self.stuff, self.least_stuff)
-        pasted = [paste(mask, box, size) > 0 for mask, box in zip(masks, boxes, strict=True)]
         return {
             "category": cleaned.category_HW,
             "instance": cleaned.instance_HW,
@@ -235,7 +234,7 @@ class UPSNet(nn.Module):
             "boxes": boxes,
             "labels": labels,
             "scores": found["scores"][kept],
-            "masks": torch.stack(pasted) if pasted else torch.zeros((0, *size), dtype=torch.bool, device=masks.device),
+            "masks": paste_masks_in_image(masks, boxes, size, padding=0, threshold=0.0),
         }
 
 

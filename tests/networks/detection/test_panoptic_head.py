@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from medseg3d.networks.detection.masks import paste_masks_in_image
 from medseg3d.networks.detection.panoptic_head import (
     VOID,
     clean_up,
     panoptic_logits,
     panoptic_target,
-    paste,
     remove_overlaps,
 )
 from medseg3d.networks.detection.semantic_head import DeformableSemanticHead
@@ -101,7 +101,7 @@ def test_one_instance_by_hand():
     "box", [(-3, -2, 1, 1), (3, 2, 9, 9), (-5, -5, 20, 20), (2, 2, 2, 2), (9, 9, 12, 12), (3, 3, 1, 1)]
 )
 def test_masks_are_pasted_where_the_image_is(box):
-    pasted = paste(torch.ones(3, 3), torch.tensor(box), (6, 5))
+    pasted = paste_masks_in_image(torch.ones(1, 3, 3), torch.tensor([box]), (6, 5), padding=0)[0]
     x0, y0, x1, y1 = box
     expected = torch.zeros(6, 5)
     expected[max(0, y0) : max(0, max(y0, y1) + 1), max(0, x0) : max(0, max(x0, x1) + 1)] = 1

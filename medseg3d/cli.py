@@ -26,6 +26,7 @@ from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.startup import quick_imports
 
 if TYPE_CHECKING:
+    from medseg3d.batch import CaseResult
     from medseg3d.io import Case
     from medseg3d.segmenter import Segmenter
 
@@ -93,16 +94,7 @@ def predict(args: argparse.Namespace) -> int:
             status.clear()
             outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
             records.append(outcome.record())
-            if outcome.error is not None:
-                place = str(outcome.case.path)
-                _say("error: " + (outcome.error if place in outcome.error else f"{place}: {outcome.error}"))
-                continue
-            for warning in outcome.result.warnings if outcome.result else ():
-                _say(f"warning: {outcome.case.name}: {warning}")
-            if outcome.resumed:
-                _say(f"{outcome.case.name}: finished by an earlier run")
-            for path in outcome.outputs.values():
-                print(path)
+            _tell(outcome)
     if args.report is not None:
         path = Path(args.report) if args.report else plan.report
         print(_write_report(path, segmenter, records, args, stopwatch.seconds))
@@ -113,6 +105,20 @@ def predict(args: argparse.Namespace) -> int:
         _say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / 'failures.csv'}")
     unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
     return SOME_FAILED if failed or unreadable else DONE
+
+
+def _tell(outcome: CaseResult) -> None:
+    """What became of a case: its files on stdout, all else on stderr."""
+    if outcome.error is not None:
+        place = str(outcome.case.path)
+        _say("error: " + (outcome.error if place in outcome.error else f"{place}: {outcome.error}"))
+        return
+    for warning in outcome.result.warnings if outcome.result else ():
+        _say(f"warning: {outcome.case.name}: {warning}")
+    if outcome.resumed:
+        _say(f"{outcome.case.name}: finished by an earlier run")
+    for path in outcome.outputs.values():
+        print(path)
 
 
 def models(args: argparse.Namespace) -> int:

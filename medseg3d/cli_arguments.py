@@ -87,6 +87,13 @@ def _add_predict(verbs: Any) -> None:
     verb.add_argument(
         "--resume", action="store_true", help="pass over cases in the output folder that an earlier run finished"
     )
+    _add_running(verb)
+    verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
+    _add_trust(verb)
+
+
+def _add_running(verb: Any) -> None:
+    """How a model runs: what it computes with, what its network sees, what memory it may take."""
     verb.add_argument(
         "--compile",
         action="store_true",
@@ -125,8 +132,6 @@ def _add_predict(verbs: Any) -> None:
         "still does not fit fails with exit code 5",
     )  # fmt: skip
     verb.add_argument("--max-vram", type=_bytes, metavar="SIZE", help="the same for the memory of the GPU")
-    verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
-    _add_trust(verb)
 
 
 def _add_evaluate(verbs: Any) -> None:

@@ -62,10 +62,11 @@ def _loaded(model: str, options: str, clock: str) -> Any:
     if clock == "cpu":
         time.perf_counter = time.process_time
     from medseg3d import load_model
-    from medseg3d.cli import _HOW, _parser
+    from medseg3d.cli import _parser
+    from medseg3d.cli.predicting import HOW
 
     args = _parser().parse_args(["predict", "-i", "scan", *shlex.split(options)])
-    segmenter = load_model(model, device="cpu", trust=True, **{name: getattr(args, name) for name in _HOW})
+    segmenter = load_model(model, device="cpu", trust=True, **{name: getattr(args, name) for name in HOW})
     gc.collect()
     return segmenter
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"planning"},
     {"training", "segmenter", "several", "batch", "pictures"},
     {"bundle", "compare"},
-    {"medseg3d", "doctor", "cli_arguments"},
+    {"medseg3d", "doctor"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,7 +41,6 @@ ONLY = {
     "networks": {"layers"},
     "checkpoints": {"io", "layers", "networks", "version"},
     "compatibility": {"layers", "networks"},
-    "cli_arguments": {"catalogue", "version"},
     "inference": {"io", "volume", "geometry", "interpolation", "tasks"},  # networks and transforms arrive as callables
 }
 THIRD_PARTY_ONLY = {

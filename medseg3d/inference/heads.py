@@ -20,7 +20,7 @@ from torch import nn
 from medseg3d.inference.averaging import Mean
 from medseg3d.inference.slabs import Head, Slab
 
-ENOUGH = 64  # voxels of a window along each axis, to see what a head does
+ENOUGH = (32, 64)  # voxels of a window along each axis, to see what a head does; deep networks do not take the first
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def split_head(network: Callable, window: torch.Tensor) -> tuple[Callable, Head]
     if layer is None or layer.in_channels >= layer.out_channels:
         return None
     head = Head(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
-    for probe in (_middle(window), window):
+    for probe in (*(_middle(window, size) for size in ENOUGH), window):
         try:
             body = _without(network, name, layer)
             agrees = all(_agree(head, body(part), network(part)) for part in (probe, _noise_like(probe)))
@@ -98,11 +98,11 @@ def split_head(network: Callable, window: torch.Tensor) -> tuple[Callable, Head]
     return None
 
 
-def _middle(window: torch.Tensor) -> torch.Tensor:
-    """The middle of a window, where that is enough and costs less."""
+def _middle(window: torch.Tensor, size: int) -> torch.Tensor:
+    """The middle of a window, of ``size`` voxels along each axis at most."""
     for axis in range(2, window.dim()):
-        size = min(window.shape[axis], ENOUGH)
-        window = window.narrow(axis, (window.shape[axis] - size) // 2, size)
+        length = min(window.shape[axis], size)
+        window = window.narrow(axis, (window.shape[axis] - length) // 2, length)
     return window
 
 

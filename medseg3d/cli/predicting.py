@@ -1,0 +1,171 @@
+"""The verb ``predict``: scans or pictures in, segmentations out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg3d.catalogue import BundleInfo, find_bundle
+from medseg3d.cli.arguments import OUTPUT_TYPES
+from medseg3d.cli.terminal import DONE, ERROR, OVER_MEMORY, SOME_FAILED, Status, UsageError, asked_to_trust, say
+from medseg3d.errors import in_words, is_out_of_memory
+from medseg3d.startup import quick_imports
+
+if TYPE_CHECKING:
+    from medseg3d.batch import CaseResult
+    from medseg3d.io import Case
+    from medseg3d.segmenter import Segmenter
+
+HOW = (
+    *("compile", "precision", "mirror", "strategy", "overlap"),
+    *("crop_body", "max_ram", "max_vram", "uncertainty", "weights"),
+)
+_FOR_SCANS = (
+    *("statistics", "output_type", "plan", "allow_non_hu"),
+    *("strategy", "max_ram", "max_vram", "uncertainty", "crop_body"),
+)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Segment scans or pictures and write the results."""
+    from medseg3d.batch import OutputPlan
+    from medseg3d.io import find_inputs
+
+    if args.output is None and not args.plan:
+        raise UsageError("say with -o where the segmentation goes")
+    if len(args.model) > 1 and (args.uncertainty or args.weights):
+        given = "--uncertainty" if args.uncertainty else "--weights"
+        raise UsageError(f"{given} is for one model, got {len(args.model)}: run them one by one")
+    bundles = [find_bundle(model) for model in args.model]
+    pictures = _pictures(bundles, args)
+    target = Path(args.output or ".").expanduser()
+    suffix = "" if pictures else OUTPUT_TYPES[args.output_type]
+    plan = OutputPlan(target, suffix, args.statistics, args.preview, args.uncertainty, pictures)
+    try:
+        inputs = find_inputs(args.input, pictures is not None)
+        if not args.plan:
+            plan.prepare(inputs)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for path, reason in inputs.skipped:
+        say(f"skipped {path}: {reason}")
+    trusts = [args.trust or asked_to_trust(bundle) for bundle in bundles]
+    status = Status(args.quiet, len(inputs.cases))
+    status.show(f"loading {', '.join(bundle.name for bundle in bundles)}")
+
+    if args.own_process:
+        _import_quickly(bundles)
+    from medseg3d.batch import predict_many
+    from medseg3d.report.run import Stopwatch
+    from medseg3d.several import SeveralModels
+
+    stopwatch = Stopwatch()
+    with stopwatch.stage("load model"):
+        models = [_load(bundle, trust, args) for bundle, trust in zip(bundles, trusts, strict=True)]
+        segmenter = models[0] if len(models) == 1 else SeveralModels(models)
+    for note in segmenter.notes:
+        say(f"note: {note}")
+    if args.plan:
+        return _print_plans(inputs.cases, segmenter, models, args.allow_non_hu)
+    outcomes, records = [], []
+    with stopwatch.stage("cases"):
+        for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
+            status.clear()
+            outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
+            records.append(outcome.record())
+            _tell(outcome)
+    if args.report is not None:
+        path = Path(args.report) if args.report else plan.report
+        print(_write_report(path, segmenter, records, args, stopwatch.seconds))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed and len(outcomes) == 1:
+        return OVER_MEMORY if failed[0].out_of_memory else ERROR
+    if failed:
+        say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / 'failures.csv'}")
+    unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
+    return SOME_FAILED if failed or unreadable else DONE
+
+
+def _tell(outcome: CaseResult) -> None:
+    """What became of a case: its files on stdout, all else on stderr."""
+    if outcome.error is not None:
+        place = str(outcome.case.path)
+        say("error: " + (outcome.error if place in outcome.error else f"{place}: {outcome.error}"))
+        return
+    for warning in outcome.result.warnings if outcome.result else ():
+        say(f"warning: {outcome.case.name}: {warning}")
+    if outcome.resumed:
+        say(f"{outcome.case.name}: finished by an earlier run")
+    for path in outcome.outputs.values():
+        print(path)
+
+
+def _pictures(bundles: Sequence[BundleInfo], args: argparse.Namespace) -> str | None:
+    """What the models make of pictures; None where they segment scans. UsageError for options that do not go along."""
+    bundle = next((bundle for bundle in bundles if bundle.pictures is not None), None)
+    if bundle is None:
+        return None
+    what = f"{bundle.name} segments pictures"
+    if len(bundles) > 1:
+        raise UsageError(f"several models at once are for scans, and {what}: run them one by one")
+    given = [name for name in _FOR_SCANS if getattr(args, name) not in (None, False, "nifti")]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for scans, and {what}: leave it out")
+    return bundle.pictures
+
+
+def _import_quickly(bundles: Sequence[BundleInfo]) -> None:
+    """Import what segments. A bundle that is configs alone names no engine in the parts that are built of it."""
+    with quick_imports(engines=any(bundle.has_code for bundle in bundles)):
+        import medseg3d.bundle
+        import medseg3d.several  # noqa: F401
+
+
+def _load(bundle: BundleInfo, trust: bool, args: argparse.Namespace) -> Any:
+    from medseg3d.bundle import load_model
+
+    options = {name: getattr(args, name) for name in HOW}
+    # A relative path could be the name of a model that ships.
+    return load_model(bundle.path.absolute(), trust=trust, device=args.device, **options)
+
+
+def _print_plans(cases: Sequence[Case], segmenter: Any, models: Sequence[Segmenter], allow_non_hu: bool) -> int:
+    """Print what each case will take with each model; the exit code is that of the worst case."""
+    code = DONE
+    for case in cases:
+        try:
+            scan = segmenter.read(case.path, allow_non_hu)
+            for model in models:
+                print(f"{case.name}, {model.name}\n{textwrap.indent(str(model.plan(scan)), '  ')}")
+        except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
+            say(f"error: {case.path}: {in_words(error)}")
+            failed = OVER_MEMORY if is_out_of_memory(error) else ERROR
+            code = failed if len(cases) == 1 else SOME_FAILED
+    return code
+
+
+def _write_report(
+    path: Path, segmenter: Any, records: list[dict[str, Any]], args: argparse.Namespace, seconds: dict[str, float]
+) -> Path:
+    import torch
+
+    from medseg3d.report.run import run_report, write_run_report
+
+    cuda = segmenter.device.type == "cuda"
+    options = {name: getattr(args, name) for name in ("allow_non_hu", "resume", *HOW)}
+    report = run_report(
+        model=segmenter.record,
+        cases=records,
+        device=segmenter.describe_device(),
+        threads=torch.get_num_threads(),
+        options=options | {"precision": segmenter.precision},
+        seconds=seconds,
+        device_peak_memory_mb=torch.cuda.max_memory_allocated(segmenter.device) / 2**20 if cuda else None,
+        warnings=segmenter.notes,
+    )
+    return write_run_report(path, report)

@@ -1,0 +1,137 @@
+"""The verbs beside ``predict``: one verb, one function, one call into the library."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import sys
+from pathlib import Path
+
+from medseg3d.catalogue import DEFAULT_MODEL, find_bundle, shipped_bundles
+from medseg3d.cli.terminal import DONE, ERROR, UsageError, asked_to_trust, say
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Compare segmentations with references, per label, or object by object in pictures."""
+    if _are_pictures(args.predictions):
+        return _evaluate_objects(args)
+    from medseg3d.io import LabelTable, read_label_table
+    from medseg3d.report.evaluation import evaluate_folders, summary_table, write_evaluation_csv
+
+    if args.labels:
+        labels = LabelTable.read_json(args.labels).names
+    elif args.model:
+        labels = find_bundle(args.model).labels
+    else:
+        tables = map(read_label_table, _label_maps(args.predictions))
+        table = next((table for table in tables if table is not None), None)
+        if table is None:
+            raise UsageError("the predictions carry no label names: name them with --labels names.json or -m MODEL")
+        labels = table.names
+    annotated = None
+    if args.manifest:
+        from medseg3d.data.manifest import load_manifest
+
+        annotated = {Path(case["image"]).name: case["contoured"] for case in load_manifest(args.manifest)["cases"]}
+    result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
+    for path, reason in result.unpaired:
+        say(f"left out {path}: {reason}")
+    print(summary_table(result.rows))
+    if args.output:
+        print(write_evaluation_csv(args.output, result.rows))
+    return DONE
+
+
+def _are_pictures(path: str) -> bool:
+    from medseg3d.report.evaluation import is_label_image
+
+    target = Path(path)
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    return any(map(is_label_image, files)) and not _label_maps(path)
+
+
+def _evaluate_objects(args: argparse.Namespace) -> int:
+    from medseg3d.report.objects import evaluate_objects, objects_table, write_objects_csv
+
+    if args.labels or args.model or args.manifest:
+        raise UsageError(
+            "in pictures objects are compared, whatever their class: leave --labels, -m and --manifest out"
+        )
+    result = evaluate_objects(args.predictions, args.references)
+    for path, reason in result.unpaired:
+        say(f"left out {path}: {reason}")
+    print(objects_table(result))
+    if args.output:
+        print(write_objects_csv(args.output, result.rows))
+    return DONE
+
+
+def _label_maps(path: str) -> list[Path]:
+    from medseg3d.io.formats import WRITABLE, split_name
+
+    target = Path(path)
+    if not target.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(target))
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    return [file for file in files if split_name(file)[1] in WRITABLE]
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a bundle's network with its own train.json."""
+    bundle = find_bundle(args.model)
+    bundle.require_trust(args.trust or asked_to_trust(bundle))
+    with contextlib.redirect_stdout(sys.stderr):  # MONAI's log
+        from medseg3d.training.run import train_bundle
+
+        best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, args.epochs, not args.quiet)
+    print(best)
+    return DONE
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the models, or tell about one."""
+    if args.action == "list":
+        if args.name is not None:
+            raise UsageError(f"models list takes no name: medseg3d models info {args.name}")
+        rows = [
+            {"name": b.name, "version": b.version, "labels": len(b.labels), "task": b.metadata.get("task", "")}
+            for b in shipped_bundles()
+        ]
+        if args.json:
+            print(json.dumps(rows, indent=2))
+        else:
+            for row in rows:
+                print(f"{row['name']}  {row['version']}  {row['labels']} labels  {row['task']}")
+        return DONE
+    if args.name is None:
+        raise UsageError("models info needs a name: medseg3d models info " + DEFAULT_MODEL)
+    bundle = find_bundle(args.name)
+    metadata = bundle.metadata
+    facts = {key: metadata.get(key, "") for key in ("version", "task", "description", "intended_use", "copyright")}
+    facts = {"name": bundle.name, **facts, "folder": str(bundle.path), "labels": bundle.labels}
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return DONE
+    for key, value in facts.items():
+        if key == "labels":
+            print("labels:")
+            for number, name in bundle.labels.items():
+                print(f"  {number:>3}  {name}")
+        elif value:
+            print(f"{key.replace('_', ' ')}: {value}")
+    return DONE
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check this installation."""
+    from medseg3d.doctor import examine
+
+    findings = examine()
+    if args.json:
+        print(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.verdict:<8}{finding.subject}: {finding.text}")
+    return ERROR if any(finding.verdict == "problem" for finding in findings) else DONE

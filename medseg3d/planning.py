@@ -21,7 +21,7 @@ from medseg3d.inference.device import room_on
 from medseg3d.inference.feeding import device_of
 from medseg3d.inference.graphs import WORTH_FROM
 from medseg3d.inference.strategy import Strategy
-from medseg3d.io import LabelTable, write_label_map
+from medseg3d.io import LabelTable, write_label_map, write_volume
 from medseg3d.recipe import Recipe, as_prediction
 from medseg3d.trial import Afterwards, WindowCost, current_memory, looked_at, measure_window, windows_of
 from medseg3d.volume import Volume
@@ -100,6 +100,7 @@ def make_plan(
     max_ram: int | None = None,
     max_vram: int | None = None,
     afterwards: Afterwards | None = None,
+    beside: int = 0,
 ) -> Plan:
     """The plan for one image (1, C, *spatial) on the network's grid and a scan of ``target_shape``.
 
@@ -110,6 +111,7 @@ def make_plan(
         strategy, order: what the bundle wants.
         max_ram, max_vram: bytes; None for no limit.
         afterwards: what happens on the scan's grid; None leaves its time out.
+        beside: bytes that are held from the network to the end besides labels, for a map of uncertainty perhaps.
 
     Raises:
         ValueError: there are several networks, or what they return is not one tensor.
@@ -118,7 +120,7 @@ def make_plan(
     if isinstance(network, torch.nn.ModuleDict | torch.nn.ModuleList):
         raise ValueError("a plan, and so a memory limit, is for one network, but the bundle has several: leave it out")
     costs: dict[int, WindowCost] = {}
-    held = current_memory()  # before windows are tried, whose memory the process may keep
+    held = beside + current_memory()  # before windows are tried, whose memory the process may keep
 
     def plan(strategy: Strategy, order: int, steps: tuple[str, ...]) -> Plan:
         batch = getattr(strategy, "batch_size", 1)
@@ -141,11 +143,13 @@ def make_plan(
         return found
     last, ram = afterwards.tried(found.order, cost, image_BC.dim() - 2, isinstance(found.strategy, Downsampled))
     stages = {**found.stages, **last}
-    return replace(found, stages=stages, seconds=sum(stages.values()), ram=max(found.ram, ram))
+    return replace(found, stages=stages, seconds=sum(stages.values()), ram=max(found.ram, beside + ram))
 
 
-def what_follows(recipe: Recipe, data: Mapping[str, Any], volume: Volume, table: LabelTable) -> Afterwards:
-    """What happens to the labels of a preprocessed scan: post-processing, and the file that is written.
+def what_follows(
+    recipe: Recipe, data: Mapping[str, Any], volume: Volume, table: LabelTable, uncertainty: str | None = None
+) -> Afterwards:
+    """What happens to the labels of a preprocessed scan: post-processing, and the files that are written.
 
     Raises:
         ValueError: the axes of the scan's grid are oblique to those of the network's.
@@ -159,8 +163,13 @@ def what_follows(recipe: Recipe, data: Mapping[str, Any], volume: Volume, table:
         with TemporaryDirectory() as folder:
             write_label_map(Volume(labels, volume.affine), Path(folder) / "labels.nii.gz", table)
 
+    def write_map(unsure: np.ndarray) -> None:
+        with TemporaryDirectory() as folder:
+            write_volume(Volume(unsure, volume.affine), Path(folder) / "uncertainty.nii.gz")
+
     steps = {"postprocess": postprocess, "write": write}
-    return Afterwards(recipe.maps(data["image"], volume.geometry), recipe.softmax, steps)
+    maps = recipe.maps(data["image"], volume.geometry)
+    return Afterwards(maps, recipe.softmax, steps, uncertainty, {"write": write_map} if uncertainty else {})
 
 
 def _ladder(strategy: Strategy, order: int, device: torch.device) -> Iterator[tuple[Strategy, int, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,7 @@ class Segmenter:
         follows = None
         if recipe is not None:
             with suppress(ValueError):  # grids oblique to each other
-                follows = what_follows(recipe, data, scan.volume, self.table)
+                follows = what_follows(recipe, data, scan.volume, self.table, self.uncertainty)
         if recipe is None or follows is None:
             raise ValueError(
                 f"what {self.name} does after its network is carried out as it stands, and cannot be planned"
@@ -234,9 +235,13 @@ class Segmenter:
         image_BCDHW = self.room.place(plain(image)[None], recipe.strategy)
         example = self._example(recipe.strategy, image_BCDHW)
 
+        # A map of uncertainty is float16 on the network's grid and float32 on the scan's.
+        beside = 2 * image_BCDHW[0, 0].numel() + 4 * prod(volume.shape) if self.uncertainty else 0
+
         def plan(network: Callable) -> Plan:
             limits = self.max_ram, self.max_vram
-            return make_plan(recipe.strategy, recipe.order, image_BCDHW, volume.shape, network, *limits, follows)
+            arguments = recipe.strategy, recipe.order, image_BCDHW, volume.shape, network
+            return make_plan(*arguments, *limits, follows, beside)
 
         if self.runner.wanted != "fp32":
             with stopwatch.stage("precision"):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from medseg3d.inference.onto_grid import labels_onto
 from medseg3d.inference.slabs import Head, Slab
 from medseg3d.inference.strategy import Strategy
 from medseg3d.inference.sub_volumes import SPLIT_FROM_WINDOWS
+from medseg3d.inference.uncertainty import Watch
 from medseg3d.report.run import count_peak_anew, recent_peak_mb
 
 # Voxels of the scan's grid on which is tried what happens there.
@@ -61,11 +63,15 @@ class Afterwards:
         maps: from the network's grid to the scan's.
         softmax: whether probabilities are interpolated.
         steps: by name: what is done with a label map then.
+        uncertainty: "entropy" or "margin" if that map is made too.
+        steps_of_map: by name: what is done with it then.
     """
 
     maps: Sequence[AxisMap]
     softmax: bool = False
     steps: Mapping[str, Callable[[np.ndarray], object]] = field(default_factory=dict)
+    uncertainty: str | None = None
+    steps_of_map: Mapping[str, Callable[[np.ndarray], object]] = field(default_factory=dict)
 
     def tried(self, order: int, cost: WindowCost, dims: int, whole: bool) -> tuple[dict[str, float], int]:
         """For a whole scan: seconds of "labels", the way onto the scan's grid, and of each step; bytes at the peak.
@@ -85,15 +91,22 @@ class Afterwards:
         size = [max(1, round(length * zoom)) for length in values.shape[1:]]
         maps = edge_to_edge(values.shape[1:], size, order)
         start = time.perf_counter()
-        labels = labels_onto([Slab(0, 0, values, cost.head)], maps, self.softmax)
+        labels, unsure = self._made([Slab(0, 0, values, cost.head)], maps)
         seconds = {"labels": (time.perf_counter() - start) * prod(inside) / labels.size}
         share = prod(one.weights.shape[0] for one in self.maps) / labels.size
         with peak_memory(torch.device("cpu")) as peak:
-            for name, step in self.steps.items():
-                start = time.perf_counter()
-                step(labels)
-                seconds[name] = (time.perf_counter() - start) * share
+            for made, steps in ((labels, self.steps), (unsure, self.steps_of_map)):
+                for name, step in steps.items():
+                    start = time.perf_counter()
+                    step(made)
+                    seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - start) * share
         return seconds, peak.held + int(peak.ram * share)
+
+    def _made(self, slabs: Sequence[Slab], maps: Sequence[AxisMap]) -> tuple[np.ndarray, Any]:
+        if self.uncertainty is None:
+            return labels_onto(slabs, maps, self.softmax), None
+        watch = Watch(self.uncertainty)
+        return labels_onto(watch.each(slabs), maps, self.softmax), watch.onto(maps)
 
 
 def measure_window(strategy: Strategy, image_BC: torch.Tensor, network: Callable) -> WindowCost:

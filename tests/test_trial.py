@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,20 @@ def test_what_follows_is_tried_on_a_part_and_counted_for_the_scan():
     (labels,) = seen
     assert labels.shape == (16, 12, 20) and set(seconds) == {"labels", "write"}
     assert seconds["write"] >= 0.02 * (40 * 20 * 20) / labels.size
+
+
+def test_a_map_of_uncertainty_is_tried_too():
+    labels, maps = [], []
+    follows = Afterwards(
+        edge_to_edge((20, 10, 10), (40, 20, 20)),
+        steps={"write": labels.append},
+        uncertainty="margin",
+        steps_of_map={"write": lambda unsure: (maps.append(unsure), time.sleep(0.02))},
+    )
+    cost = WindowCost(1.0, 0.0, 0, 0, 2, values=torch.randn(2, 8, 6, 10))
+    seconds, _ = follows.tried(1, cost, 3, whole=False)
+    assert maps[0].shape == labels[0].shape and maps[0].dtype == np.float32 and 0 < maps[0].mean() < 1
+    assert set(seconds) == {"labels", "write"} and seconds["write"] >= 0.02 * (40 * 20 * 20) / labels[0].size
 
 
 def test_what_follows_is_tried_on_a_whole_small_image(monkeypatch):

@@ -43,6 +43,7 @@ class ModelGrid:
         spacing: mm along each of these axes.
         crop_above: crop to the box of voxels above this value (HU for CT); None keeps the whole volume.
         crop_margin: mm kept around that box.
+        shape: voxels along each of these axes, whatever their size; ``spacing`` is not used then.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class ModelGrid:
         spacing: Sequence[float] = (1.5, 1.5, 1.5),
         crop_above: float | None = None,
         crop_margin: float = 0.0,
+        shape: Sequence[int] | None = None,
     ) -> None:
         self.orientation = orientation
         self.spacing = tuple(float(value) for value in spacing)
+        self.shape = None if shape is None else tuple(shape)
         self.crop_above = crop_above
         self.crop_margin = float(crop_margin)
 
@@ -68,7 +71,7 @@ class ModelGrid:
             crop = grid.crop(np.maximum(start - margin, 0), np.minimum(stop + margin, grid.shape))
             frames.append(crop)
             grid = crop.target
-        frames.append(grid.resample(spacing=self.spacing))
+        frames.append(grid.resample(shape=self.shape) if self.shape else grid.resample(spacing=self.spacing))
         return Chain(frames)
 
 
@@ -112,7 +115,7 @@ class ToModelGridd(MapTransform, InvertibleTransform):
     Args:
         keys: images first; each (C, D, H, W).
         label_keys: those of ``keys`` that hold label numbers.
-        orientation, spacing, crop_above, crop_margin: see :class:`ModelGrid`.
+        orientation, spacing, crop_above, crop_margin, shape: see :class:`ModelGrid`.
     """
 
     def __init__(
@@ -124,10 +127,11 @@ class ToModelGridd(MapTransform, InvertibleTransform):
         crop_above: float | None = None,
         crop_margin: float = 0.0,
         allow_missing_keys: bool = False,
+        shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.label_keys = set(ensure_tuple(label_keys))
-        self.grid = ModelGrid(orientation, spacing, crop_above, crop_margin)
+        self.grid = ModelGrid(orientation, spacing, crop_above, crop_margin, shape)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = dict(data)

@@ -119,6 +119,8 @@ def run_nnunet(folder: Path, spacing: float) -> None:
 
 
 def run_ours(folder: Path, spacing: float, precision: str) -> None:
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
     from medseg3d.inference import SubVolumes
     from medseg3d.inference.grid_map import edge_to_edge
     from medseg3d.inference.memory import keep_freed_memory
@@ -137,7 +139,9 @@ def run_ours(folder: Path, spacing: float, precision: str) -> None:
     image_BCDHW = F.interpolate(image[None, None], shape, mode="trilinear")
     del image
     seconds["resample"] = time.perf_counter()
-    windows = SubVolumes(WINDOW, placement="even")
+    # MONAI's weights, which are the default, do not fall below a thousandth towards a window's corners.
+    weights = compute_gaussian(WINDOW, sigma_scale=1 / 8, dtype=torch.float32, device="cpu")
+    windows = SubVolumes(WINDOW, placement="even", weight_map=weights)
     maps = edge_to_edge(shape, scan.shape)
     runner = Runner(model, torch.device("cpu"), precision)
     with keep_freed_memory(), torch.inference_mode():

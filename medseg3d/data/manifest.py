@@ -1,4 +1,7 @@
-"""Data manifests: which patient is in which split, with checksums, licence and citation. Never images."""
+"""Data manifests: what a public data set is and who is in which split, with checksums, licence and citation.
+
+Never images. A manifest without cases describes a set to be fetched by whoever uses it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medseg3d.data.datasets import SPLITS, Case, Dataset, read_dataset
 from medseg3d.resources import resource_folder
 
-SPLITS = ("train", "validation", "test")
+_REQUIRED = {"name", "labels", "source"}
 
 
 def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
@@ -25,15 +29,16 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
         folder = resource_folder("data_manifests")
         path = folder / f"{name_or_path}.json"
         if not path.is_file():
-            known = sorted(p.stem for p in folder.glob("*.json") if p.stem != "schema")
-            raise FileNotFoundError(f"there is no manifest {str(name_or_path)!r}; medseg3d ships {', '.join(known)}")
+            raise FileNotFoundError(
+                f"there is no manifest {str(name_or_path)!r}; medseg3d ships {', '.join(shipped_manifests())}"
+            )
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or not {"name", "labels", "cases", "source"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not manifest.keys() >= _REQUIRED:
         raise ValueError(
-            f"{path} is no data manifest: it must have name, labels, cases and source, as schema.json says"
+            f"{path} is no data manifest: it must have {', '.join(sorted(_REQUIRED))}, as schema.json says"
         )
     split_of: dict[str, str] = {}
-    for case in manifest["cases"]:
+    for case in manifest.get("cases", ()):
         if case["split"] not in SPLITS:
             raise ValueError(f"{path.name}: a split is one of {', '.join(SPLITS)}, got {case['split']!r}")
         if split_of.setdefault(case["patient"], case["split"]) != case["split"]:
@@ -41,44 +46,107 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def shipped_manifests() -> list[str]:
+    """The names of the manifests that ship."""
+    return sorted(path.stem for path in resource_folder("data_manifests").glob("*.json") if path.stem != "schema")
+
+
+def manifest_cases(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a loaded manifest; ValueError, with the way out, if it only describes a data set."""
+    if "cases" not in manifest:
+        raise ValueError(
+            f"the manifest {manifest['name']} describes a data set and lists no cases; get the images from "
+            f"{_source(manifest)} and list them: medseg3d check DIR -o datalist.json --make-folds 5, then give "
+            "datalist.json in place of the manifest"
+        )
+    return manifest["cases"]
+
+
+def manifest_dataset(manifest: str | Path | Mapping[str, Any], dataset_dir: str | Path) -> Dataset:
+    """The data set of a manifest with cases; ValueError as in `manifest_cases`."""
+    loaded = manifest if isinstance(manifest, Mapping) else load_manifest(manifest)
+    root = Path(dataset_dir)
+    cases = tuple(
+        Case(
+            name=Path(case["image"]).name.split(".")[0],
+            images=(root / case["image"],),
+            label=root / case["label"] if "label" in case else None,
+            patient=case["patient"],
+            split=case["split"],
+            fold=case.get("fold"),
+            annotated=tuple(case.get("contoured", ())),
+        )
+        for case in manifest_cases(loaded)
+    )
+    return Dataset(
+        name=loaded["name"],
+        root=root,
+        cases=cases,
+        labels={int(number): name for number, name in sorted(loaded["labels"].items(), key=lambda item: int(item[0]))},
+        objects=loaded.get("label_kind") == "objects",
+        source=_source(loaded),
+    )
+
+
+def dataset_of(source: str | Path | Mapping[str, Any], dataset_dir: str | Path | None = None) -> Dataset:
+    """The data set that a manifest or one's own data stand for.
+
+    Args:
+        source: name, path or content of a manifest; or what `read_dataset` takes.
+        dataset_dir: the folder that relative paths start from; a manifest needs it.
+
+    Raises:
+        FileNotFoundError, ValueError: where `load_manifest` or `read_dataset` do.
+    """
+    if not isinstance(source, Mapping):
+        path = Path(source).expanduser()
+        if path.is_dir() or path.suffix.lower() in (".csv", ".tsv") or (path.suffix == ".json" and _is_list(path)):
+            return read_dataset(path, dataset_dir)
+        source = load_manifest(path)
+    if dataset_dir is None:
+        raise ValueError(f"the manifest {source['name']} needs the folder that its paths start from")
+    return manifest_dataset(source, dataset_dir)
+
+
 def datalist(
-    manifest: str | Path | Mapping[str, Any], dataset_dir: str | Path, split: str, complete: bool = False
+    manifest: str | Path | Mapping[str, Any],
+    dataset_dir: str | Path,
+    split: str,
+    complete: bool = False,
+    fold: int | None = None,
 ) -> list[dict[str, Any]]:
     """The cases of one split as MONAI's dictionaries: image, label, case, annotated (a list of 0 and 1, one a class).
 
+    An image of several files, one a channel, is a list. Cases without a label are left out.
+
     Args:
-        manifest: name, path or a loaded manifest.
-        dataset_dir: the folder that the manifest's paths start from.
+        manifest: name, path or a loaded manifest; or one's own data: a MONAI datalist, a CSV, an nnU-Net folder.
+        dataset_dir: the folder that the paths start from.
         split: "train", "validation" or "test".
         complete: only cases in which every organ was contoured.
+        fold: the fold to validate with, see `Dataset.of_split`.
 
     Raises:
         FileNotFoundError: a file of the split is not in ``dataset_dir``.
+        ValueError: the split is empty, labels have no names, or the manifest lists no cases.
     """
-    loaded = manifest if isinstance(manifest, Mapping) else load_manifest(manifest)
-    classes = sorted(int(label) for label in loaded["labels"])
-    root = Path(dataset_dir)
-    cases = []
-    for case in loaded["cases"]:
-        annotated = [int(label == 0 or label in case["contoured"]) for label in classes]
-        if case["split"] != split or (complete and not all(annotated)):
-            continue
-        for file in (case["image"], case["label"]):
-            if not (root / file).is_file():
-                raise FileNotFoundError(
-                    f"{loaded['name']}: {file} is not in the dataset folder {root}; the folder must hold the files "
-                    f"that the manifest names, from {loaded['source']['repository']}, changed as its notes say"
-                )
-        cases.append(
-            {
-                "image": str(root / case["image"]),
-                "label": str(root / case["label"]),
-                "case": Path(case["image"]).name.split(".")[0],
-                "annotated": annotated,
-            }
+    dataset = dataset_of(manifest, dataset_dir)
+    if not dataset.labels:
+        raise ValueError(
+            f'{dataset.name} does not name its labels: add "labels": {{"0": "background", "1": ...}} to the datalist, '
+            "or have medseg3d check write one that does"
         )
+    cases = []
+    for case in dataset.of_split(split, fold):
+        annotated = [int(label == 0 or case.annotated is None or label in case.annotated) for label in dataset.labels]
+        if case.label is None or (complete and not all(annotated)):
+            continue
+        _require_files(dataset, case)
+        images = [str(file) for file in case.images]
+        image = images if len(images) > 1 else images[0]
+        cases.append({"image": image, "label": str(case.label), "case": case.name, "annotated": annotated})
     if not cases:
-        raise ValueError(f"{loaded['name']} has no case in split {split!r}; splits are {', '.join(SPLITS)}")
+        raise ValueError(_empty(dataset, split))
     return cases
 
 
@@ -86,11 +154,59 @@ def verify_files(manifest: str | Path | Mapping[str, Any], dataset_dir: str | Pa
     """Problems of the files in ``dataset_dir`` against the manifest's sha256; empty when all is well."""
     loaded = manifest if isinstance(manifest, Mapping) else load_manifest(manifest)
     problems = []
-    for case in loaded["cases"]:
-        for kind in ("image", "label"):
-            path = Path(dataset_dir) / case[kind]
-            if not path.is_file():
-                problems.append(f"{case[kind]}: missing")
-            elif hashlib.sha256(path.read_bytes()).hexdigest() != case[f"{kind}_sha256"]:
-                problems.append(f"{case[kind]}: its sha256 differs from the manifest's")
+    for file, wanted in checksums(loaded).items():
+        path = Path(dataset_dir) / file
+        if not path.is_file():
+            problems.append(f"{file}: missing")
+        elif file_sha256(path) != wanted:
+            problems.append(f"{file}: its sha256 differs from the manifest's")
     return problems
+
+
+def checksums(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> sha256 of the files of a manifest with cases."""
+    kinds = ("image", "label")
+    return {case[kind]: case[f"{kind}_sha256"] for case in manifest_cases(manifest) for kind in kinds if kind in case}
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a JSON file is a datalist rather than a manifest."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # which read_dataset will refuse
+    return not isinstance(data, Mapping) or not data.keys() & {"cases", "source"}
+
+
+def _source(manifest: Mapping[str, Any]) -> str:
+    source = manifest["source"]
+    return source.get("repository") or source.get("url", "its source")
+
+
+def _require_files(dataset: Dataset, case: Case) -> None:
+    for file in case.files:
+        if not file.exists():
+            inside = file.relative_to(dataset.root) if file.is_relative_to(dataset.root) else file
+            origin = dataset.source and f", from {dataset.source}, changed as its notes say"
+            raise FileNotFoundError(
+                f"{dataset.name}: {inside} is not in the dataset folder {dataset.root}; the folder must hold the files "
+                f"that are listed{origin}"
+            )
+
+
+def _empty(dataset: Dataset, split: str) -> str:
+    """Why a split has no case."""
+    if split == "validation" and any(case.split == "train" for case in dataset.cases):
+        advice = '; list some under "validation", or give the cases fold numbers: medseg3d check --make-folds 5'
+    else:
+        advice = f"; splits are {', '.join(SPLITS)}"
+    return f"{dataset.name} has no case in split {split!r} with the labels that are needed{advice}"

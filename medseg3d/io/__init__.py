@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from medseg3d.io.labels import LabelTable, default_color, sidecar_path
     from medseg3d.io.panoptic import read_panoptic, write_panoptic, write_panoptic_png
     from medseg3d.io.raster import read_image, read_label_image, write_image, write_label_image
-    from medseg3d.io.volumes import as_volume, read_label_table, read_volume, write_label_map, write_volume
+    from medseg3d.io.volumes import (
+        as_volume,
+        read_geometry,
+        read_label_table,
+        read_volume,
+        write_label_map,
+        write_volume,
+    )
 
 _HOME = {
     "atomic": ("write_atomic",),
@@ -28,7 +35,7 @@ _HOME = {
     "labels": ("LabelTable", "default_color", "sidecar_path"),
     "panoptic": ("read_panoptic", "write_panoptic", "write_panoptic_png"),
     "raster": ("read_image", "read_label_image", "write_image", "write_label_image"),
-    "volumes": ("as_volume", "read_label_table", "read_volume", "write_label_map", "write_volume"),
+    "volumes": ("as_volume", "read_geometry", "read_label_table", "read_volume", "write_label_map", "write_volume"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -45,6 +52,7 @@ __all__ = [
     "read_coco",
     "read_coco_results",
     "read_dicom",
+    "read_geometry",
     "read_image",
     "read_label_image",
     "read_label_table",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from medseg3d.geometry import Geometry
 from medseg3d.io.formats import split_name
 from medseg3d.io.labels import LabelTable, parse_color
 from medseg3d.io.voxels import LPS_TO_RAS, plain_numbers, spatial_shape
@@ -41,11 +42,18 @@ def volume_from_sitk(image: sitk.Image, name: object = "the SimpleITK image") ->
             " medseg3d takes one: convert it to a scalar image"
         )
     array = plain_numbers(sitk.GetArrayFromImage(image).T.reshape(shape, order="F"), name)
-    axes = image.GetDimension()
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (axes, axes))[:3, :3] * image.GetSpacing()[:3]
-    affine[:3, 3] = image.GetOrigin()[:3]
-    return Volume(array, LPS_TO_RAS @ affine, {"format": "memory", "units": "mm"})
+    return Volume(array, _affine(image), {"format": "memory", "units": "mm"})
+
+
+def read_itk_grid(path: Path) -> Geometry:
+    """Where the voxels lie, by the header alone; ValueError as in `read_itk`."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(path))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(path) from error
+    return Geometry(spatial_shape(header.GetSize(), path), _affine(header))
 
 
 def write_itk(path: Path, volume: Volume, table: LabelTable | None = None) -> None:
@@ -91,10 +99,23 @@ def _read(path: Path) -> sitk.Image:
     try:
         return sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} cannot be read as {split_name(path)[1]}: it is cut off, damaged or of another format;"
-            " copy or export it again"
-        ) from error
+        raise _unreadable(path) from error
+
+
+def _unreadable(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read as {split_name(path)[1]}: it is cut off, damaged or of another format;"
+        " copy or export it again"
+    )
+
+
+def _affine(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
+    """Voxel index to mm, RAS+."""
+    axes = image.GetDimension()
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (axes, axes))[:3, :3] * image.GetSpacing()[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    return LPS_TO_RAS @ affine
 
 
 def _segments(table: LabelTable, shape: tuple[int, int, int]) -> dict[str, str]:

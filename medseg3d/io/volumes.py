@@ -51,6 +51,24 @@ def read_volume(path: str | Path) -> Volume:
     return read_dicom(path)
 
 
+def read_geometry(path: str | Path) -> Geometry:
+    """Where the voxels of a scan lie, as `read_volume` has it; of NIfTI, NRRD and MetaImage the header alone is read.
+
+    Raises what `read_volume` raises, but does not notice damage beyond the header.
+    """
+    path = Path(path)
+    kind = kind_of(path) if path.is_file() else None
+    if kind == "nifti" and split_name(path)[1] in (".nii", ".nii.gz"):
+        from medseg3d.io.nifti import read_grid
+
+        return read_grid(path)[0]
+    if kind == "itk":
+        from medseg3d.io.itk import read_itk_grid
+
+        return read_itk_grid(path)
+    return read_volume(path).geometry
+
+
 def as_volume(image: Any) -> Volume:
     """A Volume from a path, a nibabel or SimpleITK image, an (array, affine) pair, a MetaTensor or a Volume.
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from medseg3d.data.manifest import SPLITS, datalist, load_manifest, verify_files
+from medseg3d.data.datasets import SPLITS
+from medseg3d.data.folds import make_folds
+from medseg3d.data.manifest import datalist, load_manifest, manifest_dataset, shipped_manifests, verify_files
 
 FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema")
+HELD = [name for name in SHIPPED if "cases" in json.loads((FOLDER / f"{name}.json").read_text())]
 SCHEMA = json.loads((FOLDER / "schema.json").read_text())
 
 
@@ -58,10 +61,15 @@ def dataset(tmp_path):
 
 
 def test_something_ships():
-    assert "openkbp_headneck" in SHIPPED
+    assert shipped_manifests() == SHIPPED
+    assert HELD == ["dsb2018_nuclei", "openkbp_headneck"]
+    described = {"amos22", "brats2021", "btcv_abdomen", "coco_panoptic", "kits23", "nih_pancreas_ct", "pascal_voc2012"}
+    described |= {"promise12", "totalsegmentator_v1", "totalsegmentator_v2"}
+    decathlon = [name for name in SHIPPED if name.startswith("msd_task")]
+    assert described <= {*SHIPPED} - {*HELD} and [int(name[8:10]) for name in decathlon] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", HELD)
 def test_no_patient_and_no_file_is_in_two_splits(name):
     cases = json.loads((FOLDER / f"{name}.json").read_text())["cases"]
     for key in ("patient", "image", "label", "image_sha256", "label_sha256"):
@@ -79,7 +87,28 @@ def test_shipped_manifests_satisfy_the_schema(name):
     jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
     assert manifest["name"] == name
     organs = {int(number) for number in manifest["labels"]} - {0}
-    assert all(set(case["contoured"]) <= organs for case in manifest["cases"])
+    assert all(set(case["contoured"]) <= organs for case in manifest.get("cases", ()))
+    assert ("hu_window" in manifest) == manifest["modality"].startswith("CT")
+    window = manifest.get("hu_window", {"low": 0, "high": 1})
+    assert window["low"] < window["high"]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_folds_hold_each_patient_once_and_are_even(name):
+    dealt = [case for case in load_manifest(name)["cases"] if case["split"] != "test"]
+    fold_of = {case["patient"]: case["fold"] for case in dealt}
+    assert all(fold_of[case["patient"]] == case["fold"] for case in dealt)
+    sizes = Counter(case["fold"] for case in dealt)
+    assert set(sizes) == set(range(5)) and max(sizes.values()) - min(sizes.values()) <= 1
+
+
+def test_folds_of_the_headneck_manifest_are_those_that_check_makes():
+    dataset = manifest_dataset("openkbp_headneck", "folder")
+    made = make_folds(dataset, 5, 0, {case.name: case.annotated for case in dataset.cases})
+    assert [case.fold for case in made.cases] == [case.fold for case in dataset.cases]
+    for organ in (5, 6):  # those that many patients lack
+        counts = Counter(case.fold for case in made.cases if case.fold is not None and organ in case.annotated)
+        assert max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_the_schema_is_one():
@@ -103,6 +132,13 @@ def test_the_schema_is_one():
         lambda m: m["cases"][0].update(image="/data/ct.nii.gz"),
         lambda m: m["cases"][0].update(image="../ct.nii.gz"),
         lambda m: m["cases"][0].update(contoured=[0, 1]),
+        lambda m: m["cases"][0].update(fold=-1),
+        lambda m: m["cases"][2].update(fold=0),  # for the test
+        lambda m: m["source"].pop("repository"),
+        lambda m: m["source"].update(url="somewhere"),
+        lambda m: m.update(hu_window={"low": -100, "high": 100}),
+        lambda m: m.update(label_kind="masks"),
+        lambda m: m["labels"].update({"0": "spleen"}),
         lambda m: m["cases"].append(copy.deepcopy(m["cases"][0])),
     ],
 )
@@ -111,6 +147,23 @@ def test_the_schema_refuses(change):
     change(manifest)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+
+
+def test_the_schema_takes_a_description_without_cases():
+    manifest = small_manifest()
+    del manifest["cases"]
+    manifest |= {"source": {"url": "https://example.org", "access": "registration"}, "ignore_label": 255}
+    manifest |= {"hu_window": {"low": -175, "high": 250, "source": "somebody"}}
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda: datalist("amos22", "folder", "train"), lambda: verify_files("amos22", "folder")]
+)
+def test_a_manifest_without_cases_says_what_to_do(ask):
+    with pytest.raises(ValueError, match=r"amos22 describes a data set and lists no cases; get the images from https.*"
+                       r"medseg3d check DIR -o datalist\.json"):  # fmt: skip
+        ask()
 
 
 def test_the_files_are_those_of_the_manifest(shared):
@@ -176,3 +229,39 @@ def test_datalist_names_a_missing_file(dataset):
         datalist(small_manifest(), dataset, "train")
     assert str(dataset) in str(error.value) and "owner/data" in str(error.value)
     assert datalist(small_manifest(), dataset, "test")  # other splits need only their own files
+
+
+def test_a_fold_takes_the_place_of_the_validation_split(saved, dataset):
+    manifest = small_manifest()
+    for case, fold in zip(manifest["cases"][:2], (0, 1), strict=True):
+        case["fold"] = fold
+    path = saved(manifest)
+    names = lambda split, fold=None: [case["case"] for case in datalist(path, dataset, split, fold=fold)]  # noqa: E731
+    assert (names("train"), names("validation"), names("test")) == (["p0"], ["p1"], ["p2"])
+    assert (names("train", 0), names("validation", 0), names("test", 0)) == (["p1"], ["p0"], ["p2"])
+    with pytest.raises(ValueError, match=r"small has no fold 2; it has \[0, 1\]"):
+        names("train", 2)
+
+
+def test_a_datalist_of_ones_own_takes_the_place_of_a_manifest(dataset):
+    entries = [{"image": f"ct/p{n}.nii.gz", "label": f"oar/p{n}.nii.gz", "fold": n} for n in range(2)]
+    document = {"labels": {"0": "background", "1": "liver"}, "training": entries, "test": ["ct/p2.nii.gz"]}
+    path = dataset / "own.json"
+    path.write_text(json.dumps(document))
+    (case,) = datalist(path, dataset, "validation")  # fold 0
+    assert case == {
+        "image": str(dataset / "ct" / "p0.nii.gz"),
+        "label": str(dataset / "oar" / "p0.nii.gz"),
+        "case": "p0",
+        "annotated": [1, 1],
+    }
+    assert [case["case"] for case in datalist(str(path), dataset, "train")] == ["p1"]
+    assert [case["case"] for case in datalist(path, dataset, "train", fold=1)] == ["p0"]
+    with pytest.raises(ValueError, match="no case in split 'test' with the labels"):
+        datalist(path, dataset, "test")
+    path.write_text(json.dumps(document | {"training": [entries[0] | {"fold": None}]}))
+    with pytest.raises(ValueError, match="medseg3d check --make-folds 5"):
+        datalist(path, dataset, "validation")
+    path.write_text(json.dumps({"training": entries}))
+    with pytest.raises(ValueError, match="own does not name its labels"):
+        datalist(path, dataset, "train")

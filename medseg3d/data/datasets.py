@@ -1,0 +1,357 @@
+"""The cases of a data set, from the lists and folders that people have, and back to a MONAI datalist."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from medseg3d.io import write_atomic
+from medseg3d.io.formats import KINDS, RASTER_SUFFIXES, split_name
+
+SPLITS = ("train", "validation", "test")
+TAKEN = "a MONAI or MSD datalist (.json), an nnU-Net or MSD folder (imagesTr, labelsTr, dataset.json), or a .csv"
+_SECTIONS = {"training": "train", "validation": "validation", "testing": "test", "test": "test"}
+_COLUMNS = ("image", "label", "patient", "split", "fold")
+_SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "validation": "validation"}
+_SPLIT_NAMES |= {"test": "test", "testing": "test", "": "train"}
+_CHANNEL = re.compile(r"_(\d{4})$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a data set.
+
+    `images` has a file for each channel. `label` is its label map, if it has one. `annotated` are the labels that were
+    looked for when it was made: background may be any other one; None stands for all.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None
+    patient: str
+    split: str = "train"
+    fold: int | None = None
+    annotated: tuple[int, ...] | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Images and label."""
+        return self.images if self.label is None else (*self.images, self.label)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cases with names of their own, and what the numbers in their label maps mean.
+
+    `root` is the folder that they lie in. `labels` maps each number to its name, 0 too; empty if that is not known.
+    Where `objects` is set the label maps number objects of one class. `source` says where a public set comes from,
+    `notes` what the reader left out.
+    """
+
+    name: str
+    root: Path
+    cases: tuple[Case, ...]
+    labels: Mapping[int, str] = field(default_factory=dict)
+    objects: bool = False
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+    def of_split(self, split: str, fold: int | None = None) -> tuple[Case, ...]:
+        """The cases to train on, to validate with or to test with ("train", "validation", "test").
+
+        With a `fold` its cases are the validation, and all others that are not for the test are trained on, whatever
+        their split. Without one the data set's own validation cases are; where it has none but folds, fold 0 is.
+
+        Raises:
+            ValueError: another split, or no case has that fold.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"{self.name} has no case in split {split!r}; splits are {', '.join(SPLITS)}")
+        folds = {case.fold for case in self.cases if case.split != "test"} - {None}
+        if fold is None and folds and not any(case.split == "validation" for case in self.cases):
+            fold = min(n for n in folds if n is not None)
+        if fold is None or split == "test":
+            return tuple(case for case in self.cases if case.split == split)
+        if fold not in folds:
+            raise ValueError(f"{self.name} has no fold {fold}; it has {sorted(n for n in folds if n is not None)}")
+        wanted = split == "validation"
+        return tuple(case for case in self.cases if case.split != "test" and (case.fold == fold) is wanted)
+
+
+def read_dataset(path: str | Path, dataset_dir: str | Path | None = None) -> Dataset:
+    """The data set that a file or folder describes; whether its images are there and readable is not looked at.
+
+    - A datalist of MONAI or of the Medical Segmentation Decathlon: JSON with lists "training", "validation" and "test"
+      or "testing" of {"image", "label"}; "image" may be a list, a file for each channel. "fold", "patient", "case" and
+      "contoured" (the labels that were looked for) of an entry are heeded, and "labels" of the whole.
+    - A folder in the style of nnU-Net (version 1 or 2) or of the Decathlon.
+    - CSV, its columns split by comma, semicolon or tab: image, label and, if you like, patient; with the names in a
+      first line, or without. With one, columns split and fold are heeded too.
+
+    A case is named after its first image, with the folders in front where several have that name; a patient is the
+    case itself where none is given.
+
+    Args:
+        path: the file or the folder.
+        dataset_dir: the folder that a file's relative paths start from; its own by default.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is none of these, or an entry lacks its image.
+    """
+    path = Path(path).expanduser()
+    root = Path(dataset_dir).expanduser() if dataset_dir is not None else path.parent
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _finished(path.stem, root, _csv_entries(path), {})
+    if path.suffix.lower() != ".json":
+        path.stat()  # such as FileNotFoundError
+        raise ValueError(f"{path} is no data set; medseg3d reads {TAKEN}")
+    return _read_json(path, root)
+
+
+def write_datalist(dataset: Dataset, path: str | Path) -> Path:
+    """Write a MONAI datalist that `read_dataset` reads back as it was.
+
+    Paths are relative where the files lie in the list's own folder or below it, else absolute.
+    """
+    path = Path(path)
+    folder = os.path.abspath(path.parent)
+    document: dict[str, Any] = {"name": dataset.name, "labels": {str(n): name for n, name in dataset.labels.items()}}
+    if dataset.objects:
+        document["label_kind"] = "objects"
+    for section in ("training", "validation", "testing"):
+        entries = [_entry(case, folder) for case in dataset.cases if case.split == _SECTIONS[section]]
+        if entries or section == "training":
+            document[section] = entries
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def with_patients(dataset: Dataset, pattern: str) -> Dataset:
+    """The same with patients found in the names of the cases: the pattern's first group, or all of its match.
+
+    So r"^(BraTS-GLI-\\d+)-" makes one patient of BraTS-GLI-00005-000 and BraTS-GLI-00005-001.
+
+    Raises:
+        ValueError: it is no regular expression, or a name does not match.
+    """
+    try:
+        finder = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    cases = []
+    for case in dataset.cases:
+        match = finder.search(case.name)
+        if match is None:
+            raise ValueError(f"the pattern {pattern!r} finds no patient in the name of the case {case.name!r}")
+        cases.append(replace(case, patient=match[1] if finder.groups else match[0]))
+    return replace(dataset, cases=tuple(cases))
+
+
+_Entry = tuple[str, Mapping[str, Any]]  # a split, and a case as a datalist has it
+
+
+def _finished(
+    name: str, root: Path, entries: Sequence[_Entry], labels: Mapping[int, str], objects: bool = False
+) -> Dataset:
+    """A data set of entries: paths made whole, names told apart."""
+    if not entries:
+        raise ValueError(f"{name} lists no case: there must be at least one under {' or '.join(_SECTIONS)}")
+    images = [_images(root, entry) for _, entry in entries]
+    names = _names([str(entry.get("case", "")) for _, entry in entries], images, root)
+    cases = []
+    for (split, entry), files, case in zip(entries, images, names, strict=True):
+        label, fold, contoured = entry.get("label"), entry.get("fold"), entry.get("contoured")
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"{case}: a label is one file, got {label!r}; merge several masks into one label map")
+        cases.append(
+            Case(
+                name=case,
+                images=files,
+                label=root / label if label else None,
+                patient=str(entry.get("patient") or case),
+                split=split,
+                fold=None if fold in (None, "") else int(fold),
+                annotated=None if contoured is None else tuple(int(n) for n in contoured),
+            )
+        )
+    return Dataset(name, root, tuple(cases), labels, objects)
+
+
+def _images(root: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The files of an entry's image; nnU-Net's lists of version 1 leave the channel's number out."""
+    given = entry.get("image")
+    listed = [given] if isinstance(given, str) else given
+    if not listed or not isinstance(listed, list) or not all(isinstance(file, str) and file for file in listed):
+        raise ValueError(f"an entry of a data set has an image, a path or a list of paths; got {dict(entry)}")
+    files = [root / file for file in listed]
+    if len(files) == 1 and not files[0].exists():
+        stem, suffix = split_name(files[0])
+        channels = sorted(files[0].parent.glob(f"{_literal(stem)}_[0-9][0-9][0-9][0-9]{suffix}"))
+        files = channels or files
+    return tuple(files)
+
+
+def _names(given: Sequence[str], images: Sequence[tuple[Path, ...]], root: Path) -> list[str]:
+    """A name for each case: the given one, else its first image's, which gets its folders where it is not alone."""
+    stems = [name or _CHANNEL.sub("", split_name(files[0])[0]) for name, files in zip(given, images, strict=True)]
+    count = Counter(stems)
+    named = []
+    for name, stem, files in zip(given, stems, images, strict=True):
+        folder = files[0].parent
+        parts = folder.relative_to(root).parts if folder.is_relative_to(root) else folder.parts[1:]
+        named.append("_".join((*parts, stem)) if count[stem] > 1 and not name else stem)
+    again = Counter(named)
+    return [f"{name}_{n}" if again[name] > 1 else name for n, name in enumerate(named)]
+
+
+def _read_json(path: Path, root: Path) -> Dataset:
+    data = _document(path)
+    if not any(isinstance(data.get(section), list) for section in _SECTIONS):
+        raise ValueError(f"{path} is no datalist, it has no list {', '.join(_SECTIONS)}; medseg3d reads {TAKEN}")
+    entries = [
+        (split, {"image": entry} if isinstance(entry, str | list) else entry)
+        for section, split in _SECTIONS.items()
+        for entry in data.get(section) or ()
+    ]
+    for _, entry in entries:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f'{path}: an entry of a datalist is {{"image": path, "label": path}}, got {entry!r}')
+    try:
+        name = str(data.get("name") or path.stem)
+        return _finished(name, root, entries, _label_names(data), data.get("label_kind") == "objects")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _document(path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} holds no JSON object; medseg3d reads {TAKEN}")
+    return data
+
+
+def _label_names(data: Mapping[str, Any]) -> dict[int, str]:
+    """Number -> name from {"1": "liver"} (MONAI, MSD) or {"liver": 1} (nnU-Net version 2, also with regions [1, 2])."""
+    labels = data.get("labels") or {}
+    if not isinstance(labels, Mapping):
+        raise ValueError(f'"labels" maps numbers to names or names to numbers, got {labels!r}')
+    if all(str(key).isdecimal() for key in labels):
+        names = {int(number): str(name) for number, name in labels.items()}
+        return {0: "background", **dict(sorted(names.items()))} if names else {}
+    found: dict[int, tuple[int, str]] = {}  # number -> size of the smallest region that holds it, and its name
+    for name, numbers in labels.items():
+        region = [int(n) for n in (numbers if isinstance(numbers, list) else [numbers])]
+        for n in region:
+            named = name if len(region) == 1 else f"{name} {n}"
+            found[n] = min(found.get(n, (len(region), named)), (len(region), named))
+    return {0: "background"} | {n: found[n][1] for n in sorted(found)}
+
+
+def _read_folder(folder: Path) -> Dataset:
+    """nnU-Net's or the Decathlon's: what dataset.json lists, else what lies in imagesTr and imagesTs."""
+    listing = folder / "dataset.json"
+    if not listing.is_file() and not (folder / "imagesTr").is_dir():
+        raise ValueError(f"{folder} has neither a dataset.json nor a folder imagesTr; medseg3d reads {TAKEN}")
+    data = _document(listing) if listing.is_file() else {}
+    if isinstance(data.get("training"), list):
+        return _read_json(listing, folder)
+    notes: list[str] = []
+    entries: Sequence[_Entry]
+    if isinstance(data.get("dataset"), Mapping):  # version 2 may list its cases by name
+        listed = data["dataset"].items()
+        entries = [("train", {"case": name, "image": e.get("images"), "label": e.get("label")}) for name, e in listed]
+    else:
+        ending = str(data.get("file_ending", "")).lower()
+        entries = [*_scanned(folder, "Tr", "train", ending, notes), *_scanned(folder, "Ts", "test", ending, notes)]
+    dataset = _finished(str(data.get("name") or folder.resolve().name), folder, entries, _label_names(data))
+    return replace(dataset, notes=tuple(notes))
+
+
+def _scanned(folder: Path, end: str, split: str, ending: str, notes: list[str]) -> Iterator[_Entry]:
+    """The cases in images<end> with their files in labels<end>; labels without an image go to the notes."""
+    images: dict[str, list[str]] = {}
+    for file in _files(folder / f"images{end}", ending):
+        images.setdefault(_CHANNEL.sub("", _stem(file, ending)), []).append(str(file.relative_to(folder)))
+    labels = {_stem(file, ending): file for file in _files(folder / f"labels{end}", ending)}
+    notes += [f"labels{end}/{labels[name].name} has no image in images{end}" for name in sorted(labels.keys() - images)]
+    for name, channels in images.items():
+        entry: dict[str, Any] = {"case": name, "image": channels}
+        if name in labels:
+            entry["label"] = str(labels[name].relative_to(folder))
+        yield split, entry
+
+
+def _files(folder: Path, ending: str) -> list[Path]:
+    """Images in a folder, sorted; the hidden files that some systems leave beside them are none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    known = (ending,) if ending else (*KINDS, *RASTER_SUFFIXES)
+    return [file for file in files if not file.name.startswith(".") and file.name.lower().endswith(known)]
+
+
+def _stem(file: Path, ending: str) -> str:
+    return file.name[: -len(ending)] if ending else split_name(file)[0]
+
+
+def _csv_entries(path: Path) -> list[_Entry]:
+    text = path.read_text(encoding="utf-8-sig")
+    first = text.split("\n", 1)[0]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=_delimiter(first))]
+    rows = [row for row in rows if any(row)]
+    columns = [cell.lower() for cell in rows[0]] if rows else []
+    if "image" in columns:
+        rows = rows[1:]
+    else:
+        columns = list(_COLUMNS[:3])
+    entries: list[_Entry] = []
+    for row in rows:
+        if len(row) > len(columns):
+            raise ValueError(f"{path}: a row has the columns {', '.join(columns)}, got {len(row)} of them: {row}")
+        entry: dict[str, Any] = {key: cell for key, cell in zip(columns, row, strict=False) if key in _COLUMNS and cell}
+        split = _SPLIT_NAMES.get(entry.pop("split", "").lower())
+        if split is None or not str(entry.get("fold", 0)).isdecimal():
+            raise ValueError(f"{path}: a split is one of {', '.join(SPLITS)} and a fold a whole number, got {row}")
+        entries.append((split, entry))
+    return entries
+
+
+def _delimiter(line: str) -> str:
+    return max(",;\t", key=line.count)
+
+
+def _entry(case: Case, folder: str) -> dict[str, Any]:
+    images = [_written(file, folder) for file in case.images]
+    entry: dict[str, Any] = {"image": images if len(images) > 1 else images[0]}
+    if case.label is not None:
+        entry["label"] = _written(case.label, folder)
+    entry |= {"case": case.name, "patient": case.patient}
+    if case.fold is not None:
+        entry["fold"] = case.fold
+    if case.annotated is not None:
+        entry["contoured"] = list(case.annotated)
+    return entry
+
+
+def _written(file: Path, folder: str) -> str:
+    whole = Path(os.path.abspath(file))  # links stay what they are
+    return (whole.relative_to(folder) if whole.is_relative_to(folder) else whole).as_posix()
+
+
+def _literal(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,257 @@
+"""Lists and folders as people have them become the same cases, and a datalist reads back as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from monai.data import load_decathlon_datalist
+
+from medseg3d.data.datasets import Case, Dataset, read_dataset, with_patients, write_datalist
+
+
+@pytest.fixture
+def touch(tmp_path):
+    def create(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+
+    return create
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def files(dataset):
+    """(name, names of the images, name of the label) of each case."""
+    return [(c.name, [f.name for f in c.images], c.label and c.label.name) for c in dataset.cases]
+
+
+class TestDatalist:
+    def test_of_monai(self, save, tmp_path):
+        document = {
+            "name": "livers",
+            "labels": {"1": "liver"},
+            "training": [
+                {"image": "a.nii.gz", "label": "sub/a_seg.nii.gz", "fold": 3, "patient": 7, "contoured": [1]},
+                {"image": ["b_t1.nii.gz", "b_t2.nii.gz"], "label": "b_seg.nii.gz", "case": "b"},
+            ],
+            "validation": [{"image": "/elsewhere/c.nii.gz", "label": "c_seg.nii.gz"}],
+            "testing": [{"image": "d.nii.gz"}],
+        }
+        dataset = read_dataset(save("list.json", document))
+        a, b, c, d = dataset.cases
+        label = tmp_path / "sub/a_seg.nii.gz"
+        assert a == Case("a", (tmp_path / "a.nii.gz",), label, "7", "train", fold=3, annotated=(1,))
+        assert b.images == (tmp_path / "b_t1.nii.gz", tmp_path / "b_t2.nii.gz") and b.patient == b.name == "b"
+        assert (c.split, c.images) == ("validation", (Path("/elsewhere/c.nii.gz"),))
+        assert (d.split, d.label) == ("test", None)
+        assert dataset.labels == {0: "background", 1: "liver"} and dataset.name == "livers"
+
+    def test_of_the_decathlon(self, save, touch, tmp_path):
+        document = {
+            "labels": {"0": "background", "1": "spleen"},
+            "training": [{"image": "./imagesTr/spleen_2.nii.gz", "label": "./labelsTr/spleen_2.nii.gz"}],
+            "test": ["./imagesTs/spleen_1.nii.gz"],
+        }
+        save("dataset.json", document)
+        dataset = read_dataset(tmp_path)
+        assert files(dataset) == [
+            ("spleen_2", ["spleen_2.nii.gz"], "spleen_2.nii.gz"),
+            ("spleen_1", ["spleen_1.nii.gz"], None),
+        ]
+        touch("imagesTr/spleen_2_0001.nii.gz", "imagesTr/spleen_2_0000.nii.gz")  # nnU-Net 1 lists them without numbers
+        dataset = read_dataset(tmp_path)
+        assert files(dataset)[0] == ("spleen_2", ["spleen_2_0000.nii.gz", "spleen_2_0001.nii.gz"], "spleen_2.nii.gz")
+
+    def test_paths_start_from_the_folder_that_is_given(self, save):
+        path = save("list.json", {"training": [{"image": "a.nii.gz"}]})
+        assert read_dataset(path, "/data").cases[0].images == (Path("/data/a.nii.gz"),)
+
+    def test_names_are_told_apart_by_folders(self, save):
+        entries = [{"image": "s1/ct.nii.gz"}, {"image": "s2/ct.nii.gz"}, {"image": "other.nii.gz"}]
+        dataset = read_dataset(save("list.json", {"training": entries}))
+        assert [case.name for case in dataset.cases] == ["s1_ct", "s2_ct", "other"]
+        dataset = read_dataset(save("list.json", {"training": entries[:1] * 2}))
+        assert len({case.name for case in dataset.cases}) == 2
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is not JSON"),
+            ([], "holds no JSON object"),
+            ({"cases": []}, "is no datalist, it has no list training"),
+            ({"training": []}, "lists no case"),
+            ({"training": [{"label": "a.nii.gz"}]}, "an entry of a data set has an image"),
+            ({"training": [{"image": []}]}, "an entry of a data set has an image"),
+            ({"training": [7]}, "an entry of a datalist is"),
+            ({"training": [{"image": "a", "label": ["b", "c"]}]}, "merge several masks into one label map"),
+            ({"training": [{"image": "a"}], "labels": ["liver"]}, '"labels" maps numbers to names'),
+        ],
+    )
+    def test_errors(self, content, message, save):
+        path = save("list.json", content)
+        with pytest.raises(ValueError, match=message) as error:
+            read_dataset(path)
+        assert "list" in str(error.value)
+
+
+class TestFolder:
+    def test_of_nnunet(self, save, touch, tmp_path):
+        labels = {"background": 0, "kidney": 1, "tumor": 2}
+        save("dataset.json", {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".mha", "numTraining": 2})
+        touch("imagesTr/k1_0000.mha", "imagesTr/k1_0001.mha", "imagesTr/k2_0000.mha", "imagesTr/.hidden_0000.mha")
+        touch("labelsTr/k1.mha", "labelsTr/k3.mha", "imagesTs/k4_0000.mha", "labelsTs/k4.mha", "imagesTr/notes.txt")
+        dataset = read_dataset(tmp_path)
+        assert files(dataset) == [
+            ("k1", ["k1_0000.mha", "k1_0001.mha"], "k1.mha"),
+            ("k2", ["k2_0000.mha"], None),
+            ("k4", ["k4_0000.mha"], "k4.mha"),
+        ]
+        assert [case.split for case in dataset.cases] == ["train", "train", "test"]
+        assert dataset.labels == {0: "background", 1: "kidney", 2: "tumor"}
+        assert dataset.notes == ("labelsTr/k3.mha has no image in imagesTr",)
+
+    def test_regions_name_the_numbers_within(self, save, touch, tmp_path):
+        regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+        save("dataset.json", {"labels": regions, "file_ending": ".nii.gz"})
+        touch("imagesTr/a_0000.nii.gz")
+        assert read_dataset(tmp_path).labels == {
+            0: "background",
+            1: "whole 1",
+            2: "core 2",
+            3: "enhancing",
+            4: "ignore",
+        }
+
+    def test_cases_listed_by_name(self, save, tmp_path):
+        cases = {"a": {"images": ["x/a_0000.png", "x/a_0001.png"], "label": "y/a.png"}}
+        save("dataset.json", {"labels": {"background": 0, "road": 1}, "file_ending": ".png", "dataset": cases})
+        assert files(read_dataset(tmp_path)) == [("a", ["a_0000.png", "a_0001.png"], "a.png")]
+
+    def test_without_a_list(self, touch, tmp_path):
+        touch("imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
+        dataset = read_dataset(tmp_path)
+        assert files(dataset) == [("a", ["a.nii.gz"], "a.nii.gz"), ("b", ["b.nii.gz"], None)]
+        assert dataset.labels == {} and dataset.name == tmp_path.name
+
+    def test_of_another_kind_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"neither a dataset\.json nor a folder imagesTr; medseg3d reads"):
+            read_dataset(tmp_path)
+
+
+class TestCsv:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a.nii.gz,a_seg.nii.gz\nb.nii.gz,\n",
+            "image,label\na.nii.gz,a_seg.nii.gz\nb.nii.gz,\n",
+            "\ufeffLabel;Image\r\na_seg.nii.gz;a.nii.gz\r\n;b.nii.gz\r\n\r\n",
+            "image\tlabel\tage\na.nii.gz\ta_seg.nii.gz\t64\nb.nii.gz\n",
+        ],
+    )
+    def test_with_and_without_a_first_line(self, text, save):
+        dataset = read_dataset(save("list.csv", text))
+        assert files(dataset) == [("a", ["a.nii.gz"], "a_seg.nii.gz"), ("b", ["b.nii.gz"], None)]
+
+    def test_patient_split_and_fold(self, save):
+        a, b = read_dataset(save("list.csv", "x/a.mha,x/a_seg.mha,p1\nx/b.mha,x/b_seg.mha,p1\n")).cases
+        assert a.patient == b.patient == "p1"
+        text = "image,label,split,fold\na.mha,s.mha,val,\nb.mha,s.mha,train,2\nc.mha,,test,\n"
+        cases = read_dataset(save("list.csv", text)).cases
+        assert [(c.split, c.fold) for c in cases] == [("validation", None), ("train", 2), ("test", None)]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "lists no case"),
+            ("a,b,c,d\n", "a row has the columns image, label, patient, got 4"),
+            ("image,split\na,held-out\n", "a split is one of train, validation, test"),
+            ("image,fold\na,one\n", "a fold a whole number"),
+            ("image,label\n,a_seg.nii.gz\n", "has an image"),
+        ],
+    )
+    def test_errors(self, text, message, save):
+        path = save("list.csv", text)
+        with pytest.raises(ValueError, match=message):
+            read_dataset(path)
+
+
+def test_other_files_are_refused(save, tmp_path):
+    with pytest.raises(ValueError, match="is no data set; medseg3d reads a MONAI or MSD datalist"):
+        read_dataset(save("ct.nii.gz", ""))
+    with pytest.raises(FileNotFoundError):
+        read_dataset(tmp_path / "nowhere.json")
+
+
+class TestSplits:
+    DATASET = Dataset(
+        "d",
+        Path(),
+        tuple(
+            Case(name, (Path(name),), Path("label"), name, split, fold)
+            for name, split, fold in [("a", "train", 0), ("b", "train", 1), ("c", "train", None), ("t", "test", None)]
+        ),
+    )
+
+    def names(self, split, fold=None, dataset=DATASET):
+        return [case.name for case in dataset.of_split(split, fold)]
+
+    def test_the_first_fold_is_for_validation_unless_another_is_asked_for(self):
+        assert (self.names("train"), self.names("validation"), self.names("test")) == (["b", "c"], ["a"], ["t"])
+        assert (self.names("train", 1), self.names("validation", 1), self.names("test", 1)) == (
+            ["a", "c"],
+            ["b"],
+            ["t"],
+        )
+
+    def test_a_validation_split_comes_before_folds(self):
+        cases = tuple(replace(c, split="validation") if c.name == "c" else c for c in self.DATASET.cases)
+        dataset = replace(self.DATASET, cases=cases)
+        assert (self.names("train", None, dataset), self.names("validation", None, dataset)) == (["a", "b"], ["c"])
+        assert (self.names("train", 1, dataset), self.names("validation", 1, dataset)) == (["a", "c"], ["b"])
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="no case in split 'val'"):
+            self.names("val")
+        with pytest.raises(ValueError, match=r"d has no fold 5; it has \[0, 1\]"):
+            self.names("train", 5)
+
+
+class TestWriting:
+    def test_reads_back_as_it_was(self, tmp_path):
+        inside, outside = tmp_path / "lists" / "ct", Path("/elsewhere")
+        cases = (
+            Case("a", (inside / "a.nii.gz",), inside / "a_seg.nii.gz", "p", "train", 4, (1,)),
+            Case("b", (outside / "b1.mha", outside / "b2.mha"), outside / "seg.mha", "p", "validation"),
+            Case("c", (inside / "c.nii.gz",), None, "c", "test"),
+        )
+        dataset = Dataset("two organs", tmp_path / "lists", cases, {0: "background", 1: "liver", 5: "Milz"}, True)
+        path = write_datalist(dataset, tmp_path / "lists" / "out.json")
+        assert read_dataset(path) == dataset
+        document = json.loads(path.read_text())
+        assert document["training"][0]["image"] == "ct/a.nii.gz"
+        assert document["validation"][0]["image"] == ["/elsewhere/b1.mha", "/elsewhere/b2.mha"]
+        entry = load_decathlon_datalist(str(path), True, "training")[0]
+        assert Path(entry["image"]) == inside / "a.nii.gz" and entry["fold"] == 4
+
+
+def test_patients_are_found_in_names():
+    cases = tuple(Case(name, (Path(name),), None, name) for name in ("GLI-005-000", "GLI-005-001"))
+    dataset = Dataset("d", Path(), cases)
+    assert {case.patient for case in with_patients(dataset, r"^(\w+-\d+)-").cases} == {"GLI-005"}
+    assert {case.patient for case in with_patients(dataset, r"\d+$").cases} == {"000", "001"}
+    with pytest.raises(ValueError, match="finds no patient in the name of the case 'GLI-005-000'"):
+        with_patients(dataset, "BraTS")
+    with pytest.raises(ValueError, match="is no regular expression"):
+        with_patients(dataset, "(")

@@ -45,12 +45,12 @@ def restart_with(allocator: str, threads: int) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
-def seconds_of(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Wall seconds of one call; on a GPU the mean of ``calls`` between two events of its own clock."""
+def seconds_of(run: Run, device: torch.device, calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call by the clock; on a GPU the mean of ``calls`` between two events of its own clock."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(calls):
@@ -60,12 +60,18 @@ def seconds_of(run: Run, device: torch.device, calls: int = 1) -> float:
     return begin.elapsed_time(end) / 1000 / calls
 
 
-def take_turns(runs: dict[str, Run], rounds: int, device: torch.device, calls: int = 1) -> dict[str, list[float]]:
+def take_turns(
+    runs: dict[str, Run],
+    rounds: int,
+    device: torch.device,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of every run in every round. All take one turn a round, so that a machine's drift meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(seconds_of(run, device, calls))
+            seconds[name].append(seconds_of(run, device, calls, clock))
     return seconds
 
 

@@ -25,8 +25,10 @@ def as_result(prediction: Any, kind: Kind, categories: Categories) -> Result:
     Args:
         prediction: for "semantic" the class of each pixel, (1, rows, columns); for "instances" the number of each
             pixel's object, (1, rows, columns) with 0 for none, or what a detector returns for a picture: "boxes"
-            (N, 4), "labels" and "scores" (N,), and "masks" (N, 1, rows, columns), inside above 0.5; for "panoptic"
-            (2, rows, columns), class and number of the object, 0 for stuff. Or such a value itself.
+            (N, 4), "labels" and "scores" (N,), and "masks" (N, 1, rows, columns), inside above 0.5, those without a
+            pixel left out; for "panoptic" (2, rows, columns), class and number of the object, 0 for stuff, or what
+            ``UPSNet`` returns for a picture: these two as "category" and "instance", and the objects' "scores". Or such
+            a value itself.
         kind: one of ``KINDS``.
         categories: what the numbers of classes are; one that is not among them is background or void.
 
@@ -37,6 +39,8 @@ def as_result(prediction: Any, kind: Kind, categories: Categories) -> Result:
         return prediction
     if kind == "instances" and isinstance(prediction, Mapping):
         return _detected(prediction, categories)
+    if kind == "panoptic" and isinstance(prediction, Mapping):
+        return _unified(prediction, categories)
     maps = _maps(prediction, 2 if kind == "panoptic" else 1, kind)
     if kind == "semantic":
         return SemanticMap(maps[0], categories)
@@ -141,13 +145,30 @@ def _detected(detection: Mapping[str, Any], categories: Categories) -> Instances
     if masks.ndim != 4 or masks.shape[1] != 1:
         raise ValueError(f"masks of a detection are (N, 1, rows, columns), got the shape {masks.shape}")
     inside = masks[:, 0] if masks.dtype == bool else masks[:, 0] > 0.5
+    seen = inside.any(axis=(1, 2))
     return Instances.from_masks(
-        inside, inside.shape[1:], classes=labels, scores=scores, boxes=boxes, categories=categories
+        inside[seen],
+        inside.shape[1:],
+        classes=labels[seen],
+        scores=scores[seen],
+        boxes=boxes[seen],
+        categories=categories,
     )
 
 
-def _panoptic(classes: np.ndarray, objects: np.ndarray, categories: Categories) -> Panoptic:
-    """Segments numbered from 1 in the order of class and object."""
+def _unified(found: Mapping[str, Any], categories: Categories) -> Panoptic:
+    parts = ("category", "instance", "scores")
+    if missing := [name for name in parts if name not in found]:
+        raise ValueError(f"a panoptic detection has {', '.join(parts)}; this one lacks {', '.join(missing)}")
+    classes, objects, scores = (_array(found[name]) for name in parts)
+    maps = _maps(np.stack([classes, objects]), 2, "panoptic")
+    return _panoptic(maps[0], maps[1], categories, scores.tolist())
+
+
+def _panoptic(
+    classes: np.ndarray, objects: np.ndarray, categories: Categories, scores: Sequence[float] = ()
+) -> Panoptic:
+    """Segments numbered from 1 in the order of class and object; ``scores`` are of the objects 1, 2, ..."""
     ids = np.full(classes.shape, VOID, np.int32)
     segments: dict[int, Segment] = {}
     inside = np.isin(classes, list(categories))
@@ -155,7 +176,8 @@ def _panoptic(classes: np.ndarray, objects: np.ndarray, categories: Categories) 
     pairs, found = np.unique(classes[inside].astype(np.int64) * count + objects[inside], return_inverse=True)
     ids[inside] = found + 1
     for number, pair in enumerate(pairs.tolist(), start=1):
-        segments[number] = Segment(pair // count)
+        category, thing = divmod(pair, count)
+        segments[number] = Segment(category, scores[thing - 1] if thing and scores else 1.0)
     return Panoptic(ids, segments, categories)
 
 

@@ -138,7 +138,7 @@ class MaskRCNN(nn.Module):
         self.backbone = backbone
         self.rpn = _rpn(channels, s)
         self.roi_heads = _roi_heads(channels, num_classes, s)
-        self.mask_threshold = s.mask_threshold
+        self.mask_threshold, self.inclusive = s.mask_threshold, s.inclusive
 
     def forward(
         self, images: Sequence[torch.Tensor], targets: Sequence[Mapping[str, torch.Tensor]] | None = None
@@ -156,7 +156,7 @@ class MaskRCNN(nn.Module):
             "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness" and "loss_rpn_box_reg", to be summed.
         """
         if targets is not None:
-            check_targets(images, targets, self.num_classes, masks=True)
+            check_targets(images, targets, self.num_classes, True, self.inclusive)
         batch_BCHW, records, moved = self.transform(images, targets)
         shapes = [record.resized for record in records]
         features = self.backbone(batch_BCHW)

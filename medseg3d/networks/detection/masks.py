@@ -18,6 +18,11 @@ from medseg3d.networks.detection.roi_align import samples_along_axis
 PIXELS = 2**26  # of the pictures that are made at a time, where they are thresholded
 
 
+def masks_of_own_class(masks_NKMM: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Of the masks of all K classes that of each box's ``labels_N``, (N, M, M)."""
+    return masks_NKMM[torch.arange(len(labels_N), device=labels_N.device), labels_N]
+
+
 def paste_masks_in_image(
     masks_NMM: torch.Tensor,
     boxes_N4: torch.Tensor,

@@ -15,7 +15,7 @@ from torch import nn
 
 from medseg3d.networks.detection.boxes import BoxCoder, box_iou, clip_boxes_to_image, in_full_precision
 from medseg3d.networks.detection.losses import box_head_loss, mask_loss
-from medseg3d.networks.detection.masks import project_masks_on_boxes
+from medseg3d.networks.detection.masks import masks_of_own_class, project_masks_on_boxes
 from medseg3d.networks.detection.matching import BETWEEN, BalancedSampler, Matcher
 from medseg3d.networks.detection.nms import batched_nms
 
@@ -157,7 +157,7 @@ class RoIHeads(nn.Module):
         if self.mask_head is not None:
             logits_RKMM = self.masks(features, [d["boxes"] for d in detections], image_shapes)
             labels_R = torch.cat([d["labels"] for d in detections])
-            own = logits_RKMM[torch.arange(len(labels_R), device=labels_R.device), labels_R][:, None]
+            own = masks_of_own_class(logits_RKMM, labels_R)[:, None]
             parts = in_full_precision(own).sigmoid().split([len(d["labels"]) for d in detections])
             for detection, masks in zip(detections, parts, strict=True):
                 detection["masks"] = masks

@@ -121,6 +121,8 @@ class DetectionTransform:
         return self._batch(pictures), records, moved
 
     def _check(self, image: torch.Tensor, index: int) -> None:
+        if not isinstance(image, torch.Tensor):
+            raise ValueError(f"images are tensors, image {index} is a {type(image).__name__}: use torch.from_numpy")
         channels = len(self.image_mean)
         if image.dim() != 3 or image.shape[0] != channels or not all(image.shape[1:]):
             raise ValueError(

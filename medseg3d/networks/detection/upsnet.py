@@ -24,7 +24,7 @@ from medseg3d.networks.backbones.fpn import resnet_fpn_backbone
 from medseg3d.networks.backbones.resnet import FrozenBatchNorm2d
 from medseg3d.networks.detection.boxes import in_full_precision
 from medseg3d.networks.detection.mask_rcnn import MAPS, MaskRCNN
-from medseg3d.networks.detection.masks import paste_masks_in_image
+from medseg3d.networks.detection.masks import masks_of_own_class, paste_masks_in_image
 from medseg3d.networks.detection.panoptic_head import (
     VOID,
     clean_up,
@@ -112,7 +112,7 @@ class UPSNet(nn.Module):
             losses of ``MaskRCNN``, "loss_semantic", "loss_semantic_roi" and "loss_panoptic".
         """
         if targets is not None:
-            check_targets(images, targets, self.things + 1, masks=True)
+            check_targets(images, targets, self.things + 1, True, self.detector.inclusive)
             self._check_semantic(images, targets)
         batch_BCHW, records, moved = self.detector.transform(images, targets)
         shapes = [record.resized for record in records]
@@ -212,7 +212,7 @@ class UPSNet(nn.Module):
         boxes = [in_full_precision(one["boxes"]) for one in objects]
         logits_RKMM = self.detector.roi_heads.masks(features, boxes, shapes)
         labels_R = torch.cat([one["labels"] for one in objects])
-        return logits_RKMM[torch.arange(len(labels_R), device=labels_R.device), labels_R].split(counts)
+        return masks_of_own_class(logits_RKMM, labels_R).split(counts)
 
     def _panoptic(
         self, logits_KQR: torch.Tensor, found: Mapping[str, torch.Tensor], masks: torch.Tensor, record: ResizeRecord

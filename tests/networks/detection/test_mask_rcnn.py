@@ -158,12 +158,44 @@ def test_a_few_steps_find_the_object():
         ({"labels": torch.tensor([1])}, r"labels are \(2,\), int64"),
         ({"labels": torch.tensor([1.0, 2.0])}, "int64, one for each box, got .*float32"),
         ({"masks": torch.zeros(2, 10, 10)}, r"masks are \(2, 60, 75\).*got \(2, 10, 10\)"),
+        (
+            {"boxes": torch.tensor([[5.0, 5, 9, 9], [75, 0, 90, 9]])},
+            r"on their image of 60 x 75 .* as box 1: leave out",
+        ),
+        ({"boxes": torch.tensor([[-9.0, 5, 0, 9], [0, 0, 9, 9]])}, r"got \[-9.0, 5.0, 0.0, 9.0\] as box 0"),
+        ({"boxes": torch.tensor([[0.0, 0, 9, 9], [0, 0, 1e30, 9]])}, "within 1,000,000 pixels, got .* as box 1"),
+        ({"masks": torch.full((2, 60, 75), 255)}, "masks hold 0 and 1, got 255 to 255: pass masks > 0"),
         ({"masks": None}, "it needs tensors boxes, labels, masks, and has no masks"),
     ],
 )
 def test_targets_that_are_none(network, images, targets, change, message):
     with pytest.raises(ValueError, match=message):
         network(images, [{**targets[0], **change}, targets[1]])
+
+
+def test_objects_of_one_pixel_and_beyond_the_edge_are_learnt(images):
+    """Losses and gradients are finite: a mask of one pixel, of none, and a box that reaches out of the picture."""
+    masks = torch.zeros(3, 60, 75, dtype=torch.bool)
+    masks[0, 5, 7] = masks[2, 50:, 60:] = True
+    boxes = torch.tensor([[7.0, 5, 8, 6], [30, 20, 50, 40], [60, 50, 200, 90]])
+    network = MaskRCNN(**TINY, **FEW)
+    losses = network(images[:1], [{"boxes": boxes, "labels": torch.ones(3).long(), "masks": masks}])
+    sum(losses.values()).backward()
+    assert losses["loss_mask"] > 0
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
+def test_pictures_of_one_pixel_of_nothing_and_of_one_value(network):
+    for image in (
+        torch.rand(3, 1, 1),
+        torch.rand(3, 1, 200),
+        torch.zeros(3, 40, 50),
+        torch.full((3, 40, 50), torch.nan),
+    ):
+        with torch.no_grad():
+            (found,) = network([image])
+        assert found["masks"].shape == (len(found["boxes"]), 1, *image.shape[1:])
+        assert not image.isnan().any() or not len(found["boxes"])
 
 
 def test_as_many_targets_as_pictures(network, images, targets):
@@ -179,6 +211,7 @@ def test_as_many_targets_as_pictures(network, images, targets):
         ([], "there are no images"),
         ([torch.zeros(1, 40, 40)], r"images are \(3, height, width\).*image 0 has a shape of \(1, 40, 40\)"),
         ([torch.zeros(3, 40, 40), torch.zeros(3, 0, 40)], r"at least one pixel, image 1 .*\(3, 0, 40\)"),
+        ([[[[0.5]]] * 3], "images are tensors, image 0 is a list"),
         ([torch.zeros(3, 40, 40, dtype=torch.uint8)], "floating-point values from 0 to 1, image 0 is torch.uint8"),
     ],
 )

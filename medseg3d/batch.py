@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from medseg3d.geometry import Geometry
 from medseg3d.io import Case, Inputs, find_inputs
 from medseg3d.io.formats import WRITABLE, split_name
 from medseg3d.report.records import write_csv, write_json
-from medseg3d.report.run import case_record, file_sha256
+from medseg3d.report.run import case_record, input_sha256
 from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
@@ -133,6 +132,14 @@ class OutputPlan:
             files["uncertainty"] = self.folder / f"{stem}.{self.uncertainty}.nii.gz"
         return files
 
+    def write_table(self, path: Path, statistics: dict[str, Any]) -> Path:
+        """Write the figures of cases by name, as CSV."""
+        if self.pictures is None:
+            return write_statistics_csv(path, statistics)
+        from medseg3d.report.picture_statistics import write_picture_statistics_csv
+
+        return write_picture_statistics_csv(path, statistics)
+
     def prepare(self, inputs: Inputs) -> None:
         """Make the folder, and refuse what cannot end well before any time is spent.
 
@@ -223,7 +230,7 @@ def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Ge
             yield outcome
             del outcome  # its arrays are not ours to keep while the next one is made
     if table and not plan.is_file:
-        write_statistics_csv(plan.folder / "statistics.csv", table)
+        plan.write_table(plan.folder / "statistics.csv", table)
     if documents and not plan.is_file:
         from medseg3d.io.results import join_results
 
@@ -301,7 +308,7 @@ class _Run:
 
     def _write(self, case: Case, result: Segmentation | PictureSegmentation) -> CaseResult:
         files = self.plan.files(case)
-        _write(result, case, files)
+        _write(result, case, files, self.plan)
         self.ledger.note(case)
         return CaseResult(case, result, files)
 
@@ -315,7 +322,7 @@ def _attempt(case: Case, step: Callable[..., T], *arguments: Any) -> T | CaseRes
         return _failed(case, error)
 
 
-def _write(result: Any, case: Case, files: dict[str, Path]) -> None:
+def _write(result: Any, case: Case, files: dict[str, Path], plan: OutputPlan) -> None:
     """All files of a case; if one of them fails, those before it are removed."""
     done: list[Path] = []
     try:
@@ -323,7 +330,7 @@ def _write(result: Any, case: Case, files: dict[str, Path]) -> None:
             figures = result.statistics()
             done.append(write_statistics_json(files["statistics"], figures))
             if "statistics_csv" in files:
-                done.append(write_statistics_csv(files["statistics_csv"], {case.name: figures}))
+                done.append(plan.write_table(files["statistics_csv"], {case.name: figures}))
         if "preview" in files:
             done.append(result.preview(files["preview"], title=case.name))
         if "uncertainty" in files:
@@ -368,13 +375,4 @@ class _Ledger:
             write_json(self.path, self.entries)
 
     def _key(self, case: Case) -> dict[str, Any]:
-        return {"input_sha256": _input_sha256(case.path), **self.settings}
-
-
-def _input_sha256(path: Path) -> str:
-    if path.is_file():
-        return file_sha256(path)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.iterdir() if file.is_file()):
-        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+        return {"input_sha256": input_sha256(case.path), **self.settings}

@@ -21,10 +21,13 @@ BACKGROUND: Color = (13, 17, 23)
 TEXT: Color = (230, 237, 243)
 MUTED: Color = (139, 148, 158)
 FAINT: Color = (72, 79, 88)
+MISSED: Color = (198, 255, 0)  # of errors: no organ of the fixed palette has these
+WRONG: Color = (255, 0, 200)
 
 _FINER = 2  # planes are drawn this much larger and reduced, which smooths their outlines
 _OUTLINE = 4  # width of an outline before that reduction
 _FILL = 0.4  # opacity of an organ's colour
+_ERROR = 0.75  # and of an error's
 _ROUNDING = 6  # radius of a panel's corners
 _TICK = 8  # length of the marks at a picture's edges
 _BAR = 110  # pixels of a scale bar, at most
@@ -43,17 +46,50 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def draw_plane(cut: Cut, size: Size, colors: Mapping[int, Color], window: tuple[float, float]) -> Image.Image:
     """The picture (RGB) of a plane, grey or with red, green and blue along a third axis: `window` is (centre, width)
     of what is shown, in HU for a CT; labels without a colour are not drawn."""
-    width, height = size[0] * _FINER, size[1] * _FINER
+    finer = (size[0] * _FINER, size[1] * _FINER)
+    labels = smooth_labels(np.where(np.isin(cut.label_map, list(colors)), cut.label_map, 0), cut.edges, finer)
+    opacity = np.where(outlines(labels), 1.0, np.where(labels > 0, _FILL, 0.0))
+    return _painted(_windowed(cut, finer, window), _palette(labels, colors)[labels], opacity)
+
+
+def draw_errors(
+    cut: Cut, reference: np.ndarray, size: Size, colors: Mapping[int, Color], window: tuple[float, float]
+) -> Image.Image:
+    """The picture of a plane whose labels are a prediction: its outlines, and where it is wrong.
+
+    What only ``reference`` (a label map like that of the plane) has is filled in `MISSED`, and what is predicted there
+    otherwise in `WRONG`; the rest as in `draw_plane`.
+    """
+    finer = (size[0] * _FINER, size[1] * _FINER)
+    sides = (np.where(np.isin(side, list(colors)), side, 0) for side in (cut.label_map, reference))
+    predicted, expected = (smooth_labels(side, cut.edges, finer) for side in sides)
+    differ = predicted != expected
+    paint = _palette(predicted, colors)[predicted]
+    edge = outlines(predicted, _OUTLINE - 1)
+    paint[differ & (predicted == 0)] = MISSED
+    paint[differ & (predicted > 0) & ~edge] = WRONG
+    return _painted(_windowed(cut, finer, window), paint, np.where(edge, 1.0, np.where(differ, _ERROR, 0.0)))
+
+
+def _windowed(cut: Cut, size: Size, window: tuple[float, float]) -> np.ndarray:
+    """The image (height, width, 1 or 3) of a plane, 0 to 1 within the window."""
     center, span = window
     # The window comes first: the cubic interpolation would overshoot at the step from air to skin.
     channels = np.moveaxis(np.atleast_3d((cut.image - (center - span / 2)) / span).clip(0, 1), -1, 0)
-    image = np.stack([_resized(channel, cut.edges, (width, height)).clip(0, 1) for channel in channels], axis=-1)
-    labels = smooth_labels(np.where(np.isin(cut.label_map, list(colors)), cut.label_map, 0), cut.edges, (width, height))
+    return np.stack([_resized(channel, cut.edges, size).clip(0, 1) for channel in channels], axis=-1)
+
+
+def _palette(labels: np.ndarray, colors: Mapping[int, Color]) -> np.ndarray:
     palette = np.zeros((int(labels.max()) + 1, 3), np.float32)
     for label in np.unique(labels[labels > 0]).tolist():
         palette[label] = colors[label]
-    opacity = np.where(outlines(labels), 1.0, np.where(labels > 0, _FILL, 0.0))[..., None].astype(np.float32)
-    rgb = image * 255 * (1 - opacity) + palette[labels] * opacity
+    return palette
+
+
+def _painted(image: np.ndarray, paint: np.ndarray, opacity: np.ndarray) -> Image.Image:
+    """Colours (0 to 255) on an image (0 to 1), reduced to the size that was asked for."""
+    opacity = opacity[..., None].astype(np.float32)
+    rgb = image * 255 * (1 - opacity) + paint * opacity
     return Image.fromarray((rgb + 0.5).astype(np.uint8)).reduce(_FINER)
 
 
@@ -83,9 +119,9 @@ def smooth_labels(label_map: np.ndarray, edges: Edges, size: Size) -> np.ndarray
     return result
 
 
-def outlines(labels: np.ndarray) -> np.ndarray:
+def outlines(labels: np.ndarray, width: int = _OUTLINE) -> np.ndarray:
     """True along the inner border of every label."""
-    size = 2 * _OUTLINE - 1
+    size = 2 * width - 1
     return (labels > 0) & (ndimage.maximum_filter(labels, size) != ndimage.minimum_filter(labels, size))
 
 

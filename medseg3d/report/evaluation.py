@@ -90,16 +90,32 @@ def evaluate_files(
     nsd_tolerance_mm: float = 2.0,
     annotated: Collection[int] | None = None,
 ) -> list[Row]:
-    """`evaluate_case` of two label map files, in true mm also on a sheared grid.
-
-    The reference may be stored with its axes in another order. `annotated`: the labels that were contoured in this
-    case; others are not counted. None means all.
+    """:func:`evaluate_volumes` of two label map files.
 
     Raises ValueError when a file is no label map, or the two are not on the same grid.
     """
-    predicted, expected = _label_map(prediction), _label_map(reference)
+    names = (str(prediction), str(reference))
+    sides = read_label_map(prediction), read_label_map(reference)
+    return evaluate_volumes(*sides, labels, nsd_tolerance_mm, annotated, names)
+
+
+def evaluate_volumes(
+    predicted: Volume,
+    expected: Volume,
+    labels: Mapping[int, str],
+    nsd_tolerance_mm: float = 2.0,
+    annotated: Collection[int] | None = None,
+    names: tuple[str, str] = ("the prediction", "the reference"),
+) -> list[Row]:
+    """`evaluate_case` of two label maps, in true mm also on a sheared grid.
+
+    The reference may be stored with its axes in another order. `annotated`: the labels that were contoured in this
+    case; others are not counted. None means all. `names` are for the error.
+
+    Raises ValueError when the two are not on the same grid.
+    """
     expected = expected.reoriented(predicted.orientation)
-    require_same_grid(predicted.geometry, expected.geometry, (str(prediction), str(reference)))
+    require_same_grid(predicted.geometry, expected.geometry, names)
     ignore = () if annotated is None else set(labels) - set(annotated)
     steps = predicted.affine[:3, :3]
     return evaluate_case(predicted.array, expected.array, steps, labels, nsd_tolerance_mm, ignore)
@@ -223,7 +239,7 @@ def _by_case(files: Iterable[Path]) -> dict[str, Path]:
     return chosen
 
 
-def _label_map(path: str | Path) -> Volume:
+def read_label_map(path: str | Path) -> Volume:
     """A label map file; whole numbers stored as floating point, as many tools do, become integers."""
     volume = read_volume(path)
     if volume.dtype.kind == "f":

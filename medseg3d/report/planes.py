@@ -7,6 +7,7 @@ head on top. Sampling in the world, flipped, oblique and sheared volumes need no
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -147,6 +148,12 @@ class Scene:
         box = self.box.copy()
         box[:, view.normal] = self.grid.position(view.normal, cell)
         return self._without_air(box)
+
+    def showing(self, segmentation: Volume) -> Scene:
+        """The same planes of the same image through another label map on its grid."""
+        other = copy.copy(self)
+        other.segmentation = segmentation
+        return other
 
     def further_cells(self, axis: int, number: int) -> list[int]:
         """Up to `number` cells of `axis`, in order: planes that show what the main one does not, and others between."""

@@ -88,6 +88,16 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def input_sha256(path: str | Path) -> str:
+    """sha256 of a scan: of its file, or of the names and contents of the files in its folder."""
+    if Path(path).is_file():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(path).iterdir() if file.is_file()):
+        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def bundle_sha256(folder: str | Path) -> str:
     """sha256 over what decides a bundle's results: names and contents of the files in configs, scripts and models."""
     digest = hashlib.sha256()

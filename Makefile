@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A package index may hold a newer torch with gigabytes of CUDA libraries; the pinned one runs on any CPU.
 TORCH := torch==2.13.0
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo notebooks test test-slow lint format clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,15 @@ demo: setup
 	$(BIN)/medseg3d predict -i "$$($(BIN)/python -c 'import medseg3d; print(medseg3d.sample_ct())')" \
 		-o demo/seg.nii.gz --statistics --preview --report
 	@echo "Look at demo/seg.preview.png; the segmentation is demo/seg.nii.gz."
+
+# Runs each notebook in a Jupyter kernel, in an empty folder.
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python scripts/run_notebooks.py -o demo/notebooks
+	@echo "Open what is in demo/notebooks to read them with their figures."
+
+$(VENV)/.notebooks: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks]" -c constraints.txt
+	touch $@
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -35,15 +35,24 @@ def components(foreground: np.ndarray, least: int = 1) -> np.ndarray:
 
 
 def watershed(
-    foreground: np.ndarray, spread: float = 2.0, least: int = 1, spacing: Sequence[float] | None = None
+    foreground: np.ndarray,
+    spread: float = 2.0,
+    least: int = 1,
+    spacing: Sequence[float] | None = None,
+    neck: float = 1.0,
 ) -> np.ndarray:
     """Parts of the foreground, each uphill from which is one place deepest inside; numbered from 1, int32.
+
+    ``spread`` is a length: what keeps small objects apart leaves large ones in pieces. ``neck`` is a proportion, and
+    parts large and small alike (the relative persistence of a maximum).
 
     Args:
         foreground: bool, two or three axes.
         spread: distances are smoothed by a Gaussian of so many voxels first: more of it parts less.
         least: voxels of the smallest object that is kept.
         spacing: size of a voxel along each axis; 1 where it is not given.
+        neck: parts are one where the way between them is at least so wide, as a share of the width of the narrower
+            one; with 1 only where it is no narrower at all.
     """
     if not foreground.any():
         return np.zeros(foreground.shape, np.int32)
@@ -54,7 +63,34 @@ def watershed(
     # Peaks that are near each other are one: a plateau has many.
     around = ndimage.distance_transform_edt(~peaks) <= max(1.0, spread)
     groups, _ = ndimage.label(around & foreground, np.ones((3,) * foreground.ndim))
-    return _numbered(np.where(foreground, groups.ravel()[summit], 0), least)
+    parts = np.where(foreground, groups.ravel()[summit], 0)
+    return _numbered(_joined(parts, smooth, neck), least)
+
+
+def _joined(parts: np.ndarray, depth: np.ndarray, neck: float) -> np.ndarray:
+    """Parts between which the deepest pass is at least ``neck`` of the shallower one's greatest depth become one."""
+    number = int(parts.max()) + 1
+    pairs, passes = [], []
+    for axis in range(parts.ndim):
+        here, there = (np.moveaxis(parts, axis, 0)[side] for side in (slice(None, -1), slice(1, None)))
+        meet = (here != there) & (here > 0) & (there > 0)
+        low, high = np.minimum(here, there)[meet], np.maximum(here, there)[meet]
+        pairs.append(low.astype(np.int64) * number + high)
+        depths = np.moveaxis(depth, axis, 0)
+        passes.append(np.minimum(depths[:-1], depths[1:])[meet])
+    met, which = np.unique(np.concatenate(pairs), return_inverse=True)
+    deepest = np.zeros(len(met))
+    np.maximum.at(deepest, which, np.concatenate(passes))
+    peak = np.zeros(number)
+    np.maximum.at(peak, parts.ravel(), depth.ravel())
+    into = np.arange(number)
+    # From the deepest pass down: a part that was joined is deeper, so what stayed apart before would stay so.
+    for pair in np.argsort(-deepest, kind="stable"):
+        first, second = (into[part] for part in divmod(met[pair], number))
+        if first != second and deepest[pair] >= neck * min(peak[first], peak[second]):
+            kept, joined = (first, second) if peak[first] >= peak[second] else (second, first)
+            into[into == joined] = kept
+    return into[parts]
 
 
 def _summits(height: np.ndarray) -> np.ndarray:
@@ -120,7 +156,7 @@ class ObjectsFromLogitsd(MapTransform):
         keys: logits.
         threshold: probability of the foreground, all other classes together, above which a voxel is an object's.
         method: "components" or "watershed".
-        spread: of the watershed.
+        spread, neck: of the watershed.
         grow: voxels by which objects grow into what is free around them, to undo the line that training left free.
         least: voxels of the smallest object that is kept.
         holes: voxels of the largest hole in the foreground that is filled first.
@@ -138,13 +174,14 @@ class ObjectsFromLogitsd(MapTransform):
         grow: float = 0.0,
         least: int = 1,
         holes: int = 0,
+        neck: float = 1.0,
     ) -> None:
         super().__init__(keys)
         if method not in ("components", "watershed"):
             raise ValueError(f"method must be 'components' or 'watershed', got {method!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}")
-        self.threshold, self.method, self.spread = threshold, method, spread
+        self.threshold, self.method, self.spread, self.neck = threshold, method, spread, neck
         self.grow, self.least, self.holes = grow, least, holes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -157,7 +194,7 @@ class ObjectsFromLogitsd(MapTransform):
             if self.method == "components":
                 objects = components(foreground, self.least)
             else:
-                objects = watershed(foreground, self.spread, self.least)
+                objects = watershed(foreground, self.spread, self.least, neck=self.neck)
             if self.grow:
                 objects = grown(objects, self.grow)
             found = torch.from_numpy(objects)[None]

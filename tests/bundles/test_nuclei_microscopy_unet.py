@@ -70,7 +70,7 @@ def test_nuclei_held_back_from_training(shared):
     for case in datalist("dsb2018_nuclei", shared("data", "dsb2018-nuclei"), "test"):
         reference = Instances.from_label_map(read_label_image(case["label"]))
         counts += ObjectCounts.of(model.predict(case["image"]).result, reference, threshold=0.5)
-    assert counts.f1 >= 0.74  # the card says 0.751
+    assert counts.f1 >= 0.80  # the card says 0.843
 
 
 def test_train_then_evaluate(picture_phantoms, tmp_path):

@@ -33,6 +33,29 @@ def test_the_watershed_parts_what_touches_and_nothing_else():
     assert watershed(discs((20, 30), radius=12)).max() == 1
 
 
+@pytest.mark.parametrize("scale", [1, 4])
+def test_a_neck_parts_large_and_small_alike(scale):
+    size, centres, radius = (40 * scale, 60 * scale), ((20 * scale, 18 * scale), (20 * scale, 32 * scale)), 8 * scale
+    dumbbell = discs(*centres, radius=radius, size=size)  # the way between the discs is half as wide as they are
+    ellipse = discs(*((20 * scale, column * scale) for column in range(20, 33)), radius=radius, size=size)
+    notched = ellipse.copy()
+    notched[12 * scale : 14 * scale, 25 * scale : 28 * scale] = False
+    assert watershed(dumbbell, spread=1.0, neck=0.8).max() == 2
+    assert watershed(dumbbell, spread=1.0, neck=0.4).max() == 1
+    assert watershed(notched, spread=1.0).max() > 1 and watershed(notched, spread=1.0, neck=0.8).max() == 1
+
+
+def test_a_neck_joins_in_a_row_and_in_three_dimensions():
+    row = np.zeros((12, 12, 40), bool)
+    rows, columns, ends = np.indices(row.shape)
+    for centre, radius in ((8, 5.5), (16, 5.0), (31, 5.5)):
+        row |= (rows - 6) ** 2 + (columns - 6) ** 2 + (ends - centre) ** 2 < radius**2
+    row[5:8, 5:8, 20:28] = True
+    parts = watershed(row, spread=1.0, neck=0.7)
+    assert parts.max() == 2 and parts[6, 6, 8] == parts[6, 6, 16] != parts[6, 6, 31]
+    assert ((parts > 0) == row).all() and watershed(row, spread=1.0, neck=0.2).max() == 1
+
+
 def test_the_watershed_in_three_dimensions_keeps_single_voxels():
     volume = np.zeros((9, 20, 20), bool)
     volume[2:7, 2:8, 2:8] = volume[2:7, 12:18, 2:8] = volume[8, 19, 19] = True

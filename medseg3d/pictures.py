@@ -29,6 +29,7 @@ from medseg3d.io.labels import sidecar_path, sidecar_text
 from medseg3d.io.results import Result, write_result, write_result_json
 from medseg3d.recipe import as_strategy
 from medseg3d.report.overlay import plot
+from medseg3d.report.picture_statistics import picture_statistics
 from medseg3d.report.preview import write_preview
 from medseg3d.report.run import Stopwatch
 from medseg3d.runner import Runner
@@ -108,6 +109,11 @@ class PictureSegmentation:
                 path.unlink()
                 raise
         return path
+
+    def statistics(self) -> dict[str, Any]:
+        """Area, place and intensity of each class and object; see
+        :func:`medseg3d.report.picture_statistics.picture_statistics`."""
+        return picture_statistics(self.result, self.image)
 
     def plot(self, **options: Any) -> Image.Image:
         """The segmentation drawn on the picture, see :func:`medseg3d.report.overlay.plot` for ``options``."""

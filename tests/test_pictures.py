@@ -215,9 +215,11 @@ def test_bundles_that_do_not_say_what_they_do(tmp_path):
     refused("must return a tensor", inferer="$lambda image, network: 5")
 
 
-def test_mirror_images_of_a_detector(picture_bundles):
+def test_mirror_images_and_windows_of_a_detector(picture_bundles):
     with pytest.raises(ValueError, match="leave mirror out"):
         load_model(picture_bundles.detector, "cpu", trust=True, mirror=True)
+    with pytest.raises(ValueError, match="overlap is of windows, which SimpleInferer does not have"):
+        load_model(picture_bundles.detector, "cpu", trust=True, overlap=0.3)
 
 
 def test_what_a_bundle_makes_of_pictures(picture_bundles, bundles):
@@ -360,7 +362,6 @@ def test_what_is_written_in_part_is_removed(picture_models, file, tmp_path, monk
         (("-i", "{ct}", "-o", "out", "-m", "{picture}"), "a scan, but the model segments pictures"),
         (("-i", "{png}", "-o", "out", "-m", "{scan}"), "a picture, but the model segments scans"),
         (("-i", "{png}", "-o", "out", "-m", "{picture}", "{scan}"), "several models at once are for scans"),
-        (("-i", "{png}", "-o", "out", "-m", "{picture}", "-s"), "--statistics is for scans"),
         (("-i", "{png}", "-o", "out", "-m", "{picture}", "--crop-body"), "--crop-body is for scans"),
         (("-i", "{png}", "-m", "{picture}", "--plan"), "--plan is for scans"),
         (("-i", "{png}", "-o", "out/a.nii.gz", "-m", "{picture}"), "cannot write .nii.gz"),

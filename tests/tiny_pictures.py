@@ -149,12 +149,25 @@ def config(kind: str, detector: bool = False) -> dict[str, Any]:
     }
 
 
-def write_picture_bundle(folder: Path, kind: str, detector: bool = False, classes: int = 2, **changes: Any) -> Path:
-    """A bundle that finds what is bright; ``changes`` are of its inference config."""
-    names = ("background", "small", "large") if detector else NAMES[kind]
+def write_picture_bundle(
+    folder: Path,
+    kind: str,
+    detector: bool = False,
+    classes: int = 2,
+    names: tuple[str, ...] = (),
+    stuff: tuple[int, ...] = (2,),
+    **changes: Any,
+) -> Path:
+    """A bundle that finds what is bright; ``changes`` are of its inference config, ``stuff`` of a panoptic one."""
+    names = names or (("background", "small", "large") if detector else NAMES[kind])
     image = {"type": "image", "format": "magnitude", "modality": "microscopy", "num_channels": 3}
     pred = {"type": "image", "format": "segmentation", "channel_def": {str(n): name for n, name in enumerate(names)}}
-    after = {"type": "image", "format": kind, "spatial_shape": ["*", "*"], "stuff": [2] if kind == "panoptic" else []}
+    after = {
+        "type": "image",
+        "format": kind,
+        "spatial_shape": ["*", "*"],
+        "stuff": list(stuff) if kind == "panoptic" else [],
+    }
     data_format = {"inputs": {"image": image}, "outputs": {"pred": pred}, "post_processed_outputs": {"pred": after}}
     return write_bundle(
         folder, {**config(kind, detector), **changes}, Bright.weights(classes), network_data_format=data_format

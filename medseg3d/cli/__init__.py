@@ -15,6 +15,9 @@ import warnings
 from collections.abc import Sequence
 
 from medseg3d.cli.arguments import argument_parser
+from medseg3d.cli.comparing import compare
+from medseg3d.cli.costs import flops
+from medseg3d.cli.data import check
 from medseg3d.cli.predicting import predict
 from medseg3d.cli.terminal import ERROR, INTERRUPTED, OVER_MEMORY, USAGE, UsageError, say
 from medseg3d.cli.verbs import doctor, evaluate, models, train
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    functions = (predict, evaluate, train, models, doctor)
+    functions = (predict, evaluate, compare, train, models, check, flops, doctor)
     return argument_parser({function.__name__: function for function in functions})
 
 

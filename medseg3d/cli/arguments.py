@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from medseg3d.catalogue import DEFAULT_MODEL
 from medseg3d.version import __version__
 
+STRATEGIES = ("sub-volumes", "slices", "downsampled")
 OUTPUT_TYPES = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha"}
 
 
@@ -23,17 +25,21 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
     parser = argparse.ArgumentParser(
         prog="medseg3d",
         description="Segment 3D medical images. Research software: not for clinical decisions.",
-        epilog="Exit codes: 0 done, 1 error, 2 usage or nothing matched, 4 some cases failed, 5 out of memory.",
+        epilog="Exit codes: 0 done, 1 error, 2 usage or nothing matched, 3 review needed (--strict), "
+        "4 some cases failed, 5 out of memory.",
     )
     parser.add_argument("--version", action="version", version=f"medseg3d {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_predict(verbs)
     _add_evaluate(verbs)
+    _add_compare(verbs)
     _add_train(verbs)
     one = _verb(verbs, "models", "list the models that ship, or tell about one")
     one.add_argument("action", nargs="?", choices=("list", "info"), default="list", help="what to do (default: list)")
     one.add_argument("name", nargs="?", help="for info: a model's name, or a bundle's folder or zip")
     one.add_argument("--json", action="store_true", help="print JSON")
+    _add_check(verbs)
+    _add_flops(verbs)
     one = _verb(verbs, "doctor", "check this installation: versions, devices, known bad combinations")
     one.add_argument("--json", action="store_true", help="print JSON")
     for name, verb in verbs.choices.items():
@@ -65,7 +71,10 @@ def _add_predict(verbs: Any) -> None:
     )  # fmt: skip
     _add_device(verb)
     verb.add_argument(
-        "-s", "--statistics", action="store_true", help="write volume, HU and place of each organ, as JSON and CSV"
+        "-s",
+        "--statistics",
+        action="store_true",
+        help="write volume, HU and place of each organ, or of each object in pictures, as JSON and CSV",
     )
     verb.add_argument(
         "-p", "--preview", action="store_true",
@@ -106,7 +115,7 @@ def _add_running(verb: Any) -> None:
         "and a window of the first scan agrees with fp32 (default: auto)",
     )  # fmt: skip
     verb.add_argument(
-        "--strategy", choices=("sub-volumes", "slices", "downsampled"),
+        "--strategy", choices=STRATEGIES,
         help="what the network sees: windows of the scan (sub-volumes), slice after slice, or the whole scan made "
         "small (downsampled) (default: the bundle's)",
     )  # fmt: skip
@@ -148,13 +157,41 @@ def _add_evaluate(verbs: Any) -> None:
     verb.add_argument("--labels", metavar="JSON", help='label names, {"1": "brainstem", ...}')
     verb.add_argument("-m", "--model", help="take the label names of this model")
     verb.add_argument("--manifest", help="a data manifest that says which organs each case has; others are not counted")
+    _add_tolerance(verb)
+
+
+def _add_compare(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "compare", "measure models, or strategies of one network, on the same cases: a table and a page of how "
+        "good each is and what it costs",
+    )  # fmt: skip
     verb.add_argument(
-        "--nsd-tolerance",
-        type=float,
-        default=2.0,
-        metavar="MM",
-        help="tolerance of the surface Dice in mm (default: 2)",
+        "-m", "--model", nargs="+", action="extend",
+        help=f"names, or folders or zips of MONAI bundles; -m may be repeated (default: {DEFAULT_MODEL})",
+    )  # fmt: skip
+    verb.add_argument(
+        "--strategy", nargs="+", choices=STRATEGIES,
+        help="compare each model in each of these, where its network permits (default: the bundle's own)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--data", required=True, metavar="DATA",
+        help="datalist (.json), nnU-Net folder, CSV of image and label, or name of a data manifest",
+    )  # fmt: skip
+    verb.add_argument("--dataset-dir", metavar="DIR", help="folder that the paths of the data start from")
+    verb.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="which cases (default: test)"
     )
+    verb.add_argument("--fold", type=int, metavar="N", help="the fold that is the validation split")
+    verb.add_argument("--limit", type=int, metavar="N", help="only the first N of them")
+    verb.add_argument("--labels", metavar="JSON", help="label names, where the data do not give them")
+    verb.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the results; run again to go on")
+    verb.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="in which numbers networks compute, as for predict (default: auto)",
+    )  # fmt: skip
+    _add_tolerance(verb)
+    _add_device(verb)
+    _add_trust(verb)
 
 
 def _add_train(verbs: Any) -> None:
@@ -167,8 +204,100 @@ def _add_train(verbs: Any) -> None:
         "-o", "--output", required=True, metavar="DIR", help="folder for checkpoints; run again to resume"
     )
     verb.add_argument("--epochs", type=int, help="train to this epoch (default: the bundle's)")
+    verb.add_argument(
+        "--patience", type=int, metavar="EPOCHS", help="end the run after so many epochs without a better validation"
+    )
+    verb.add_argument(
+        "--max-hours", type=float, metavar="HOURS",
+        help="begin no epoch that would end later; run again to go on",
+    )  # fmt: skip
+    verb.add_argument("--tensorboard", action="store_true", help="log to the output folder's tensorboard")
+    verb.add_argument("--mlflow", metavar="URI", help="log to an MLflow server or database, such as sqlite:///runs.db")
+    verb.add_argument(
+        "--set", nargs="+", action="extend", default=[], type=_setting, metavar="ID=VALUE",
+        help="any other value of the train.json, such as batch_size=4 cases=6 network_def::norm=instance",
+    )  # fmt: skip
     _add_device(verb)
     _add_trust(verb)
+
+
+def _add_check(verbs: Any) -> None:
+    verb = _verb(verbs, "check", "look for faults in a data set before training; make folds, write a MONAI datalist")
+    verb.add_argument(
+        "data", help="MONAI or MSD datalist (.json), nnU-Net or MSD folder, or CSV of image, label and patient"
+    )
+    verb.add_argument(
+        "-o", "--output", metavar="JSON", help="write the data set as a MONAI datalist, with folds if they are made"
+    )
+    verb.add_argument("--make-folds", type=int, metavar="N", help="deal the patients into N balanced folds")
+    verb.add_argument("--seed", type=int, default=0, help="deal them otherwise (default: 0)")
+    verb.add_argument(
+        "--manifest", metavar="NAME",
+        help="compare the files with the checksums of this data manifest; it lists the cases of a plain folder",
+    )  # fmt: skip
+    verb.add_argument(
+        "--dataset-dir", metavar="DIR", help="where relative paths start from (default: the list's folder)"
+    )
+    verb.add_argument(
+        "--patients", metavar="REGEX",
+        help="what in a case's name is the patient, such as '^[^_]+'; a group of it, if it has one",
+    )  # fmt: skip
+    verb.add_argument("--labels", metavar="JSON", help='label names, {"1": "liver", ...}, in place of the data set\'s')
+    verb.add_argument("--objects", action="store_true", help="label maps number objects of one class, not classes")
+    verb.add_argument("--quick", action="store_true", help="look at headers only, not at voxels and labels")
+    verb.add_argument("--strict", action="store_true", help="exit with code 3 where there are doubts but no faults")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_flops(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "flops", "count what a network takes: operations (FLOPs and MACs), parameters, receptive field; or by "
+        "formula",
+    )  # fmt: skip
+    verb.add_argument(
+        "what", nargs="?", metavar="WHAT",
+        help="a network such as swin_unetr (a name that is unknown lists them), or a formula: conv, attention, patches",
+    )  # fmt: skip
+    verb.add_argument(
+        "--size", nargs="+", type=int, metavar="N",
+        help="voxels along each axis: of a network's input, a scan (with -m), a convolution's input, a volume of "
+        "patches; one number is for every axis of a network",
+    )  # fmt: skip
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, in single operations")
+    form.add_argument("--csv", action="store_true", help="print CSV, in single operations")
+    network = verb.add_argument_group("a network")
+    network.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="an argument of its class, such as feature_size=48"
+    )
+    network.add_argument(
+        "--depth", type=int, default=1, metavar="N", help="levels of modules in the table (default: 1)"
+    )
+    bundle = verb.add_argument_group("a bundle on a scan")
+    bundle.add_argument(
+        "-m", "--model", help="name, or folder or zip of a MONAI bundle: its strategy beside the other two"
+    )
+    bundle.add_argument("--spacing", nargs="+", type=float, metavar="MM", help="mm along each axis of the scan")
+    _add_trust(bundle)
+    formula = verb.add_argument_group("a formula")
+    formula.add_argument("--in", dest="in_channels", type=int, metavar="N", help="channels that go in")
+    formula.add_argument("--out", dest="out_channels", type=int, metavar="N", help="channels that come out")
+    formula.add_argument("--kernel", nargs="+", type=int, metavar="N", help="taps along each axis")
+    formula.add_argument("--stride", nargs="+", type=int, metavar="N", help="along each axis (default: 1)")
+    formula.add_argument(
+        "--padding",
+        nargs="+",
+        type=_number_or_word,
+        metavar="N",
+        help="on both sides of each axis, or same (default: 0)",
+    )
+    formula.add_argument("--dilation", nargs="+", type=int, metavar="N", help="along each axis (default: 1)")
+    formula.add_argument("--groups", type=int, default=1, metavar="N", help="of channels (default: 1)")
+    formula.add_argument("--transposed", action="store_true", help="the convolution makes its input larger")
+    formula.add_argument("--dim", type=int, metavar="N", help="width of a token")
+    formula.add_argument("--tokens", nargs="+", type=int, metavar="N", help="along each axis, or how many")
+    formula.add_argument("--window", nargs="+", type=int, metavar="N", help="tokens of a window along each axis")
+    formula.add_argument("--patch", type=int, metavar="N", help="edge of a patch in voxels")
 
 
 def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -187,10 +316,35 @@ def _add_device(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_trust(verb: argparse.ArgumentParser) -> None:
+def _add_tolerance(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--nsd-tolerance",
+        type=float,
+        default=2.0,
+        metavar="MM",
+        help="tolerance of the surface Dice in mm (default: 2)",
+    )
+
+
+def _add_trust(verb: Any) -> None:
     verb.add_argument(
         "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
     )
+
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """ID=VALUE with a value in JSON; what is none is taken as text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"a setting is ID=VALUE, such as batch_size=4; got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _bytes(text: str) -> int:

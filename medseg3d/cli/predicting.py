@@ -26,7 +26,7 @@ HOW = (
     *("crop_body", "max_ram", "max_vram", "uncertainty", "weights"),
 )
 _FOR_SCANS = (
-    *("statistics", "output_type", "plan", "allow_non_hu"),
+    *("output_type", "plan", "allow_non_hu"),
     *("strategy", "max_ram", "max_vram", "uncertainty", "crop_body"),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from medseg3d.catalogue import BundleInfo
 
-DONE, ERROR, USAGE, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 4, 5
+DONE, ERROR, USAGE, REVIEW, SOME_FAILED, OVER_MEMORY = 0, 1, 2, 3, 4, 5
 INTERRUPTED = 130
 CLEAR_LINE = "\r\x1b[K"  # of a terminal, where progress may stand
 

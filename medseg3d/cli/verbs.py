@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def evaluate(args: argparse.Namespace) -> int:
         labels = table.names
     annotated = None
     if args.manifest:
-        from medseg3d.data.manifest import load_manifest
+        from medseg3d.data.manifest import load_manifest, manifest_cases
 
-        annotated = {Path(case["image"]).name: case["contoured"] for case in load_manifest(args.manifest)["cases"]}
+        cases = manifest_cases(load_manifest(args.manifest))
+        annotated = {Path(case["image"]).name: case["contoured"] for case in cases}
     result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
     for path, reason in result.unpaired:
         say(f"left out {path}: {reason}")
@@ -85,8 +87,12 @@ def train(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # MONAI's log
         from medseg3d.training.run import train_bundle
 
-        best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, args.epochs, not args.quiet)
-    print(best)
+        asked = {name: getattr(args, name) for name in ("epochs", "patience", "max_hours", "tensorboard", "mlflow")}
+        settings = {name: value for name, value in asked.items() if value is not None and value is not False}
+        settings |= dict(args.set)
+        best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, settings, not args.quiet)
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+        print(best)
     return DONE
 
 

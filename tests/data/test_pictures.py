@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from medseg3d.data.pictures import LoadPictured, ObjectTargetsd, StretchContrastd
+from medseg3d.data.pictures import (
+    LoadPictured,
+    ObjectTargetsd,
+    StretchContrastd,
+)
 from medseg3d.io.raster import write_image, write_label_image
 
 RNG = np.random.default_rng(0)

@@ -15,7 +15,6 @@ from medseg3d.inference import Slices
 from medseg3d.inference.downsampled import resample
 from medseg3d.inference.grid_map import edge_to_edge
 from medseg3d.inference.onto_grid import labels_onto
-from medseg3d.networks import build
 from medseg3d.networks.unet import UNet
 
 FUSIONS = ["mean", "majority"]
@@ -327,14 +326,3 @@ def test_batches_that_are_none():
         list(Slices().slabs(torch.zeros(2, 1, 4, 4, 4), identity))
     with pytest.raises(ValueError, match=re.escape("with 2 spatial axes or more, got (1, 1, 4)")):
         Slices()(torch.zeros(1, 1, 4), identity)
-
-
-@pytest.mark.parametrize("name", ["fcn", "fcn_resnet"])
-def test_fully_convolutional_networks_take_the_slices_of_a_volume(name):
-    narrow = {"fcn": {"width": 1 / 32, "stride": 8}, "fcn_resnet": {"backbone_arguments": {"width_per_group": 8}}}
-    network = build(name, in_channels=1, out_channels=3, **narrow[name]).eval()
-    image = torch.randn(1, 1, 20, 33, 3)
-    with torch.no_grad():
-        logits = Slices()(image, network)
-        assert torch.equal(logits[..., 1], network(image[..., 1]))
-    assert logits.shape == (1, 3, 20, 33, 3)

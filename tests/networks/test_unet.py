@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,15 @@ def test_ronneberger_figure_1():
     assert expected == 31_030_658
     assert parameters(network) == expected
     assert sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in network.modules()) == 23  # section 2
+
+
+def test_stored_sizes_and_parameters_of_ronneberger_s_network(shared):
+    stored = json.loads(shared("golden", "2d", "equations", "unet_sizes.json").read_text())
+    network = on_meta(ronneberger_unet, padding="valid")
+    counts = {io: parameters(on_meta(ronneberger_unet, *map(int, io.split("->")))) for io in stored["n_params_by_io"]}
+    sizes = {str(n): size for n in range(180, 1021) if (size := network.output_size(n)) is not None}
+    assert sizes == stored["valid_sizes_in_out"]
+    assert counts == stored["n_params_by_io"] and counts["1->2"] == stored["n_params_paper_layout"]
 
 
 def test_cicek_figure_2():

@@ -12,7 +12,7 @@ from medseg3d.networks.detection import boxes as box_ops
 from medseg3d.networks.detection.anchors import AnchorGenerator
 from medseg3d.networks.detection.boxes import BoxCoder
 from medseg3d.networks.detection.losses import box_head_loss, mask_loss, sigmoid_focal_loss
-from medseg3d.networks.detection.masks import paste_masks_in_image, project_masks_on_boxes
+from medseg3d.networks.detection.masks import masks_of_own_class, paste_masks_in_image, project_masks_on_boxes
 from medseg3d.networks.detection.matching import Matcher
 from medseg3d.networks.detection.nms import batched_nms
 from medseg3d.networks.detection.roi_align import MultiScaleRoIAlign, roi_align
@@ -147,6 +147,7 @@ def test_losses_of_the_heads(stored):
     golden = stored("masks")
     labels = golden["gt_labels"][golden["matched"]]
     golden.check("mask_loss", mask_loss(golden["mask_logits"], labels, golden["targets"]))
+    golden.check("inference", masks_of_own_class(golden["mask_logits"], labels).sigmoid()[:, None])
     wanted = golden["box_labels"], golden["box_targets"]
     classification, regression = box_head_loss(golden["cls_logits"], golden["box_reg"], *wanted)
     golden.check("loss_classifier", classification)

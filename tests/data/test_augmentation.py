@@ -1,0 +1,121 @@
+"""Windows that are cut out, turned and scaled at once, against SciPy and against MONAI's two transforms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import ClassesToIndices
+from scipy import ndimage
+
+from medseg3d.data.augmentation import RandAffineCropd, rotation, sample, sampling_grid
+
+
+def volume(shape, seed=0):
+    """A smooth image and a label map of three classes, (1, *shape)."""
+    generator = np.random.default_rng(seed)
+    image = ndimage.gaussian_filter(generator.normal(size=shape), 1.5).astype(np.float32)
+    label = np.digitize(image, np.quantile(image, [0.6, 0.85])).astype(np.uint8)
+    return {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)[None]}
+
+
+def data(shape, seed=0):
+    item = volume(shape, seed)
+    return item | {"label_cls_indices": ClassesToIndices(num_classes=3)(item["label"]), "case": "a"}
+
+
+def transform(size, seed=0, **options):
+    crop = RandAffineCropd(["image", "label"], "label", size, **{"ratios": [1, 1, 1], **options})
+    return crop.set_random_state(seed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "angles"), [((23, 18, 30), (8, 10, 12), [0.3, -0.2, 0.5]), ((30, 40), (12, 9), [0.7])]
+)
+def test_it_shows_what_scipy_shows(shape, size, angles):
+    item = volume(shape)
+    matrix = rotation(angles) * np.linspace(0.8, 1.3, len(shape))
+    center = np.array(shape) * 0.55
+    grid = sampling_grid(shape, matrix, center, size, torch.device("cpu"))
+    offset = center - matrix @ ((np.array(size) - 1) / 2)
+    for key, order, mode in (("image", 1, "bilinear"), ("label", 0, "nearest")):
+        expected = ndimage.affine_transform(item[key][0].numpy(), matrix, offset, size, order=order, mode="nearest")
+        got = sample(item[key], grid, mode)
+        assert got.dtype == item[key].dtype
+        if mode == "bilinear":
+            np.testing.assert_allclose(got[0], expected, atol=1e-4)
+        else:
+            assert (got[0].numpy() != expected).mean() < 0.002  # a voxel halfway between two may go either way
+
+
+@pytest.mark.parametrize(("shape", "size"), [((20, 24, 22), (8, 6, 10)), ((24, 30), (8, 11))])
+def test_without_turns_it_is_a_crop(shape, size):
+    item = data(shape)
+    for seed in range(20):
+        got = transform(size, seed)(item)
+        windows = item["image"][0]
+        for axis, voxels in enumerate(size):
+            windows = windows.unfold(axis, voxels, 1)
+        assert (windows - got["image"][0]).abs().flatten(len(shape)).amax(-1).min() < 1e-5
+        assert "label_cls_indices" not in got and got["case"] == "a"
+
+
+def test_the_chosen_class_is_in_the_middle():
+    item = volume((50, 50))
+    item["label"][:] = 0
+    item["label"][:, 20:25, 10:30], item["label"][:, 30, 30] = 1, 2  # one is a hundred times larger
+    item["label_cls_indices"] = ClassesToIndices(num_classes=3)(item["label"])
+    middles = [int(transform((5, 5), seed, ratios=[0, 1, 3])(item)["label"][0, 2, 2]) for seed in range(200)]
+    assert np.bincount(middles, minlength=3) / 200 == pytest.approx([0, 0.25, 0.75], abs=0.1)
+
+
+def test_a_class_that_is_not_there_is_not_chosen():
+    item = volume((20, 20))
+    item["label"][item["label"] == 2] = 0
+    item["label_cls_indices"] = ClassesToIndices(num_classes=3)(item["label"])
+    assert (transform((5, 5), ratios=[0, 1, 1000])(item)["label"] > 0).any()
+    with pytest.raises(ValueError, match="no voxel of any class"):
+        transform((5, 5), ratios=[0, 0, 1])(item)
+
+
+def test_the_window_lies_within_the_volume_unless_that_is_smaller():
+    ones = {"image": torch.ones(1, 12, 40), "label": torch.ones(1, 12, 40, dtype=torch.uint8)}
+    ramp = torch.arange(40.0).expand(1, 12, 40).clone()
+    for seed in range(30):
+        item = {**ones, "image": ramp, "label_cls_indices": [[], np.arange(480), []]}
+        got = transform((16, 16), seed)(item)["image"][0]
+        steps = got.diff(dim=1)
+        assert torch.allclose(steps, torch.ones_like(steps), atol=1e-4)  # nowhere the continued border
+        assert got.diff(dim=0).abs().max() < 1e-4
+
+
+def test_it_is_repeated_by_its_seed_and_changes_nothing():
+    item = data((20, 20, 20))
+    before = item["image"].clone(), item["label"].clone()
+    options = {"rotate": [0.2, 0.2, 0.4], "scale": 0.2, "translate": 3}
+    first, again, other = (transform((9, 9, 9), seed, **options)(item) for seed in (3, 3, 4))
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
+    assert torch.equal(before[0], item["image"]) and torch.equal(before[1], item["label"])
+    assert "label_cls_indices" in item
+
+
+def test_image_and_label_stay_together():
+    item = data((24, 24, 24))
+    threshold = item["image"][item["label"] == 2].min()
+    for seed in range(5):
+        got = transform((12, 12, 12), seed, rotate=[0.3] * 3, scale=[0.2] * 3)(item)
+        agreement = ((got["image"] >= threshold) == (got["label"] == 2)).float().mean()
+        assert agreement > 0.85  # they differ at outlines alone; a window elsewhere agrees in 0.75
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotate": [0.1, 0.1]}, "rotate must be 3 numbers"),
+        ({"scale": -0.1}, "scale must be 3 numbers of 0 or more"),
+        ({"ratios": [1, 1]}, "3 classes, but 2 ratios"),
+    ],
+)
+def test_what_it_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        transform((4, 4, 4), **options)(data((8, 8, 8)))

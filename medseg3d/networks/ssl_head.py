@@ -113,6 +113,16 @@ class SSLHead(nn.Module):
             )
 
 
+class SSLReconstruction(SSLHead):
+    """``SSLHead`` with its arguments and keys, of which ``forward`` gives the reconstruction alone: a single tensor of
+    the input's shape, as inference in windows, exporters and MONAI's bundle commands take it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """``x_BC...`` to its reconstruction, the same shape."""
+        self._check_size(x.shape[2:])
+        return self.conv(self.swinViT(x)[-1])
+
+
 def _decoder(upsample: str, spatial_dims: int, width: int, out_channels: int) -> nn.Module:
     if upsample == "large_kernel_deconv":
         return TRANSPOSED_CONV[spatial_dims](width, out_channels, 2**DOUBLINGS, stride=2**DOUBLINGS)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.inferers import SimpleInferer
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged, SaveImage, SaveImaged
 from torch import nn
 
@@ -85,6 +86,10 @@ def load_model(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     bundle = find_bundle(model)
     bundle.require_trust(trust)
+    if not bundle.labels:
+        raise ValueError(
+            f"{bundle.name} does not segment: {bundle.metadata.get('task', 'its metadata names no labels')}"
+        )
     torch_device = resolve_device(device)
     table = LabelTable(bundle.labels)
     with _importable(bundle.path):
@@ -110,7 +115,7 @@ def load_model(
         return _of_pictures(bundle, runner, preprocessing, inferer, postprocessing, record, notes + more_notes)
     return Segmenter(
         network=network,
-        preprocessing=_from_memory(preprocessing, bundle),
+        preprocessing=_from_memory(preprocessing, bundle, inferer),
         inferer=inferer,
         postprocessing=_keep(postprocessing, lambda step: not isinstance(step, SaveImage | SaveImaged)),
         table=table,
@@ -166,6 +171,28 @@ def _of_pictures(
         record=record,
         notes=notes,
     )
+
+
+def unfilled(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn.Module, Compose, Any]:
+    """Network, preprocessing and inferer of a bundle of scans, without weights, which need not be there.
+
+    Args:
+        model, trust: as for :func:`load_model`.
+        changes: arguments of the network's class in place of those in the config.
+
+    Raises:
+        ValueError, UntrustedBundle: as :func:`load_model`, or the class does not take the ``changes``.
+    """
+    bundle = find_bundle(model)
+    bundle.require_trust(trust)
+    with _importable(bundle.path):
+        parser = _parser(bundle, torch.device("cpu"))
+        if changes:
+            parser["network_def"] = {**parser.get("network_def"), **changes}
+        network, _ = _network(parser, bundle)
+        preprocessing = Compose([]) if bundle.pictures else _resolved(parser, bundle, *_PREPROCESSING)
+        inferer = _resolved(parser, bundle, "inferer")
+    return network, preprocessing if bundle.pictures else _from_memory(preprocessing, bundle, inferer), inferer
 
 
 def ensemble_of_files(network: nn.Module, files: Sequence[str | Path], average: str = "logits") -> Ensemble:
@@ -273,7 +300,7 @@ def _changed(inferer: Any, network: nn.Module, strategy: str | None, overlap: fl
         inferer = strategy_named(strategy, network, as_strategy(inferer))
     if overlap is not None:
         own = as_strategy(inferer)
-        if not isinstance(own, SubVolumes):
+        if not isinstance(own, SubVolumes) or isinstance(inferer, SimpleInferer):
             raise ValueError(f"overlap is of windows, which {type(inferer).__name__} does not have: leave it out")
         inferer = own.changed(overlap=overlap)
     return inferer
@@ -312,15 +339,19 @@ def _load_weights(network: nn.Module, path: Path, name: str) -> list[str]:
     return notes
 
 
-def _from_memory(preprocessing: Any, bundle: BundleInfo) -> Compose:
+def _from_memory(preprocessing: Any, bundle: BundleInfo, inferer: Any) -> Compose:
     """The preprocessing for an image that is already read: without its loader, with a channel axis all the same."""
     loaders = [step for step in steps_of(preprocessing) if isinstance(step, LoadImage | LoadImaged)]
     for loader in loaders:
         if "image" not in getattr(loader, "keys", ()):
             raise ValueError(f"{bundle.name}: its preprocessing does not load the key 'image'")
-    channels = int(bundle.input_format.get("num_channels", 1))
-    if channels != 1:
-        raise ValueError(f"{bundle.name} needs {channels} images a case; medseg3d predict gives a network one")
+    slices = 2 * getattr(inferer, "neighbours", 0) + 1  # of one image, which a 2D network gets as its channels
+    channels = int(bundle.input_format.get("num_channels", slices))
+    if channels not in (1, slices):
+        raise ValueError(
+            f"the network of {bundle.name} takes {channels} channels, but from one image it gets {slices}: medseg3d "
+            "segments cases of one image"
+        )
     rest = _keep(preprocessing, lambda step: not isinstance(step, LoadImage | LoadImaged))
     if any(getattr(getattr(loader, "_loader", loader), "ensure_channel_first", False) for loader in loaders):
         rest = Compose([EnsureChannelFirstd(keys="image"), *rest.transforms])

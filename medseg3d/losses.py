@@ -6,8 +6,15 @@ boolean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+_TINY = 1e-30  # a probability that counts as nothing
 
 
 class PartialDiceCELoss(nn.Module):
@@ -16,7 +23,7 @@ class PartialDiceCELoss(nn.Module):
     In such a case a background voxel may belong to a missing organ. Its class probabilities are therefore added to the
     background's before both terms (the marginal loss of Shi et al., Medical Image Analysis 70, 2021), and the Dice term
     leaves missing classes out. With every class annotated this is the ordinary sum of soft Dice (over the batch,
-    background excluded) and cross-entropy.
+    background excluded) and cross-entropy. The batch is that of all processes that train together.
 
     Classes of which the batch has no voxel are left out of the Dice term too. There it could only reward silence, and a
     small organ that few windows show would be silenced for good.
@@ -24,12 +31,16 @@ class PartialDiceCELoss(nn.Module):
     Args:
         dice_weight: factor of the Dice term; the cross-entropy has factor 1.
         smooth: added to numerator and denominator of each class's Dice.
+        organ_weight: factor of the cross-entropy in voxels of organs. Where organs fill a hundredth of a window,
+            a network from random weights answers "background" everywhere for hundreds of steps, and Dice has next to
+            no gradient there; 10 to 20 leads it out.
     """
 
-    def __init__(self, dice_weight: float = 1.0, smooth: float = 1e-5) -> None:
+    def __init__(self, dice_weight: float = 1.0, smooth: float = 1e-5, organ_weight: float = 1.0) -> None:
         super().__init__()
         self.dice_weight = dice_weight
         self.smooth = smooth
+        self.organ_weight = organ_weight
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None = None
@@ -44,37 +55,149 @@ class PartialDiceCELoss(nn.Module):
         Raises:
             ValueError: on shapes that do not fit.
         """
-        batch, classes = logits.shape[:2]
-        if labels.shape != (batch, 1, *logits.shape[2:]):
-            raise ValueError(
-                f"labels must be {(batch, 1, *logits.shape[2:])} for these logits, got {tuple(labels.shape)}"
-            )
-        if annotated is None:
-            annotated = torch.ones(batch, classes, dtype=torch.bool, device=logits.device)
-        if annotated.shape != (batch, classes):
-            raise ValueError(f"annotated must be {(batch, classes)}, got {tuple(annotated.shape)}")
+        known_BK = _checked(logits, labels, annotated)
+        return _PartialDiceCE.apply(logits, labels, known_BK, self.dice_weight, self.smooth, self.organ_weight)
 
+
+class _PartialDiceCE(torch.autograd.Function):
+    """The loss with its gradient worked out by hand: half the passes over the largest tensors of a training step.
+
+    With probabilities p, label y of each voxel, N voxels in all and Q = the background's probability and those of what
+    is missing: cross-entropy gives the logits (p - [k = y]) / N times the voxel's weight, in background (p - p / Q) / N
+    for the classes of Q; Dice gives p (d_k - sum of p d), where d_k is its derivative by p_k.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        known_BK: torch.Tensor,
+        weight: float,
+        smooth: float,
+        organ_weight: float,
+    ) -> torch.Tensor:
         log_probs_BKN = logits.flatten(2).float().log_softmax(dim=1)
         labels_B1N = labels.flatten(2).long()
-        missing_BK1 = annotated[..., None].logical_not()  # zeros and ones will do as well as booleans
-        missing_BK1[:, 0] = False
-        merged_BK1 = missing_BK1.clone()
-        merged_BK1[:, 0] = True
-        background_B1N = log_probs_BKN.masked_fill(~merged_BK1, -torch.inf).logsumexp(dim=1, keepdim=True)
-        target_B1N = torch.where(labels_B1N > 0, log_probs_BKN.gather(1, labels_B1N), background_B1N)
-        cross_entropy = -target_B1N.mean()
+        target_B1N = log_probs_BKN.gather(1, labels_B1N)
+        background_B1N = log_probs_BKN[:, :1].clone()
+        probs_BKN = log_probs_BKN.exp_()
+        merged_BK = ~known_BK
+        missing_B1N = (merged_BK.float()[:, None] @ probs_BKN).clamp_(min=_TINY)
+        background_B1N = torch.logaddexp(background_B1N, missing_B1N.log_())
+        cross_entropy = -torch.where(labels_B1N > 0, organ_weight * target_B1N, background_B1N).mean()
 
-        probs_BKN = log_probs_BKN.exp() * ~missing_BK1
-        one_hot_BKN = torch.zeros_like(probs_BKN).scatter_(1, labels_B1N, 1.0)
-        overlap_K = (probs_BKN * one_hot_BKN).sum(dim=(0, 2))[1:]
-        size_K = one_hot_BKN.sum(dim=(0, 2))[1:]
-        total_K = probs_BKN.sum(dim=(0, 2))[1:] + size_K
-        dice_K = (2 * overlap_K + self.smooth) / (total_K + self.smooth)
+        one_hot_BKN = labels_B1N == torch.arange(logits.shape[1], device=logits.device)[:, None]
+        overlap_K = torch.where(one_hot_BKN, probs_BKN, 0.0).sum((0, 2))
+        probability_K = (probs_BKN.sum(2) * known_BK).sum(0)
+        overlap_K, probability_K, size_K = _over_processes(
+            torch.stack([overlap_K, probability_K, one_hot_BKN.sum((0, 2))])
+        )
         present_K = size_K > 0
-        if not present_K.any():
-            return cross_entropy
-        dice = (dice_K * present_K).sum() / present_K.sum()
-        return cross_entropy + self.dice_weight * (1 - dice)
+        present_K[0] = False
+        share_K = weight * present_K / present_K.sum().clamp(min=1)
+        total_K = probability_K + size_K + smooth
+        dice_K = (2 * overlap_K + smooth) / total_K
+        ctx.save_for_backward(probs_BKN, labels_B1N, known_BK, background_B1N, share_K / total_K, dice_K)
+        ctx.logits, ctx.organ_weight = (logits.shape, logits.dtype), organ_weight
+        return cross_entropy + (share_K * (1 - dice_K)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        probs_BKN, labels_B1N, known_BK, background_B1N, factor_K, dice_K = ctx.saved_tensors
+        each_B1N = torch.where(labels_B1N > 0, ctx.organ_weight, 1.0) / labels_B1N.numel()
+        factor_K = factor_K * _processes()  # they average their gradients, but each has its own voxels' part alone
+        by_any_BK = factor_K * dice_K * known_BK  # derivative of Dice by p_k, and what is added to it where y = k
+        by_own_K = -2 * factor_K
+        own_B1N = probs_BKN.gather(1, labels_B1N) * by_own_K[labels_B1N]
+        mean_B1N = by_any_BK[:, None] @ probs_BKN + own_B1N
+        merged_BK = (~known_BK).index_fill(1, torch.zeros(1, dtype=torch.long, device=grad.device), True)
+        of_background_B1N = (labels_B1N == 0) * each_B1N * torch.exp(-background_B1N).clamp(max=1 / _TINY)
+        left_BK3 = torch.stack([by_any_BK, torch.ones_like(by_any_BK), -merged_BK.float()], dim=2)
+        right_B3N = torch.cat([torch.ones_like(mean_B1N), each_B1N - mean_B1N, of_background_B1N], dim=1)
+        result_BKN = (left_BK3 @ right_B3N).mul_(probs_BKN)
+        result_BKN.scatter_add_(1, labels_B1N, torch.where(labels_B1N > 0, own_B1N - each_B1N, 0.0))
+        shape, dtype = ctx.logits
+        return (result_BKN.mul_(grad)).view(shape).to(dtype), None, None, None, None, None
+
+
+def _processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _over_processes(sums: torch.Tensor) -> torch.Tensor:
+    """The sums of all processes together."""
+    if _processes() > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+class MarginalLoss(nn.Module):
+    """A loss of MONAI (Dice, generalised Dice, DiceCE, Tversky, focal) for cases with organs that were not contoured.
+
+    The classes that a case lacks are merged with its background, whose probability becomes the sum of theirs (the
+    marginal loss of Shi et al., Medical Image Analysis 70, 2021), and the loss sees a problem of fewer classes. Cases
+    that lack the same ones go through it together; the results are averaged over the cases. It is computed in float32.
+
+    Args:
+        loss: called with logits (B, K, ...) and labels (B, 1, ...), such as ``DiceCELoss(to_onehot_y=True,
+            softmax=True)``; V-Net's Dice (Milletari et al., 2016, section 3) is ``DiceLoss(to_onehot_y=True,
+            softmax=True, squared_pred=True, smooth_nr=0)``. It must turn logits into probabilities by softmax and
+            reduce to one number, and have no weights of single classes, which change their places.
+    """
+
+    def __init__(self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(
+        self, logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scalar loss.
+
+        Args:
+            logits: (B, K, ...), any float type.
+            labels: (B, 1, ...), class numbers 0 to K - 1; 0 is the background.
+            annotated: (B, K) boolean, False where a class was not contoured in that case; None where all were.
+
+        Raises:
+            ValueError: on shapes that do not fit, or labels of an organ that is said not to be contoured.
+        """
+        annotated = _checked(logits, labels, annotated)
+        with torch.autocast(logits.device.type, enabled=False):
+            total = logits.new_zeros((), dtype=torch.float32)
+            for known_K in annotated.unique(dim=0):
+                cases = (annotated == known_K).all(dim=1)
+                merged, renamed = _merged(logits[cases].float(), labels[cases], known_K)
+                total = total + self.loss(merged, renamed) * cases.sum() / len(logits)
+        return total
+
+
+def _merged(logits: torch.Tensor, labels: torch.Tensor, known_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the known classes alone; what is unknown belongs to the background."""
+    if known_K.all():
+        return logits, labels
+    background = torch.cat([logits[:, :1], logits[:, ~known_K]], dim=1).logsumexp(dim=1, keepdim=True)
+    new_number_K = known_K.cumsum(0) - 1
+    if not known_K[labels.long()].all():
+        raise ValueError("labels has voxels of a class that annotated calls not contoured: make them background")
+    return torch.cat([background, logits[:, known_K][:, 1:]], dim=1), new_number_K[labels.long()]
+
+
+def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None) -> torch.Tensor:
+    """Which classes each case knows (B, K), the background always; ValueError on shapes that do not fit."""
+    batch, classes = logits.shape[:2]
+    if labels.shape != (batch, 1, *logits.shape[2:]):
+        raise ValueError(f"labels must be {(batch, 1, *logits.shape[2:])} for these logits, got {tuple(labels.shape)}")
+    if annotated is None:
+        return torch.ones(batch, classes, dtype=torch.bool, device=logits.device)
+    if annotated.shape != (batch, classes):
+        raise ValueError(f"annotated must be {(batch, classes)}, got {tuple(annotated.shape)}")
+    known_BK = annotated.bool().clone()  # zeros and ones will do as well as booleans
+    known_BK[:, 0] = True
+    return known_BK
 
 
 class WeightedCrossEntropyLoss(nn.Module):
@@ -118,3 +241,78 @@ class WeightedCrossEntropyLoss(nn.Module):
             if self.reduction == "sum":
                 return total
             return total / (weights.sum() if self.reduction == "weighted_mean" else weights.numel())
+
+
+class PretrainingLoss(nn.Module):
+    """The three tasks of Swin UNETR's self-supervised training (Tang et al., CVPR 2022, section 3.2): where a
+    sub-volume was turned to, which two views are of one sub-volume, and what was cut out of them.
+
+    Args:
+        rotation, contrastive, reconstruction: factors of cross-entropy, ``contrastive_loss`` and mean absolute error.
+        temperature: of the contrast.
+    """
+
+    def __init__(
+        self,
+        rotation: float = 1.0,
+        contrastive: float = 1.0,
+        reconstruction: float = 1.0,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.weights = {"rotation": rotation, "contrastive": contrastive, "reconstruction": reconstruction}
+        self.temperature = temperature
+
+    def forward(
+        self,
+        output: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        turns: torch.Tensor,
+        images: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The three weighted terms by name; the objective is their sum.
+
+        Args:
+            output: what ``SSLHead`` gives for 2 B views, all first ones before all second ones: logits (2 B, 4) of the
+                rotation, embeddings (2 B, E), reconstructions (2 B, C, ...).
+            turns: (2 B,) quarter turns of the views, 0 to 3.
+            images: (2 B, C, ...), the turned sub-volumes before anything was cut out.
+
+        Raises:
+            ValueError: the reconstructions have another shape than the images, or the batch is odd or below 4.
+        """
+        logits, embeddings, reconstructions = output
+        if reconstructions.shape != images.shape:
+            raise ValueError(
+                f"reconstructions must be {tuple(images.shape)} as the images, got {tuple(reconstructions.shape)}"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            terms = {
+                "rotation": nn.functional.cross_entropy(logits.float(), turns.long()),
+                "contrastive": contrastive_loss(embeddings, self.temperature),
+                "reconstruction": nn.functional.l1_loss(reconstructions.float(), images.float()),
+            }
+        return {name: self.weights[name] * term for name, term in terms.items()}
+
+
+def contrastive_loss(embeddings: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+    """How badly each view finds its partner among all other views, by cosine similarity (NT-Xent: Chen et al., "A
+    simple framework for contrastive learning of visual representations", ICML 2020, equation 1).
+
+    Args:
+        embeddings: (2 B, E), all first views before all second ones.
+        temperature: above 0; the lower, the more the most similar of the others count.
+
+    Raises:
+        ValueError: the number of views is odd or below 4, which leaves nothing to tell a view from.
+    """
+    views = len(embeddings)
+    if views % 2 or views < 4:
+        raise ValueError(
+            f"the contrast needs two views of at least two sub-volumes, got {views} embeddings: use a batch of 2 or "
+            "more"
+        )
+    directions = nn.functional.normalize(embeddings.float(), dim=1)
+    similarity_NN = directions @ directions.T / temperature
+    itself = torch.eye(views, dtype=torch.bool, device=embeddings.device)
+    partners = torch.arange(views, device=embeddings.device).roll(views // 2)
+    return nn.functional.cross_entropy(similarity_NN.masked_fill(itself, -torch.inf), partners)

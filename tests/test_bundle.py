@@ -187,7 +187,7 @@ WRONG_SHAPE = {key: value[..., :1] if value.dim() > 1 else value for key, value 
         (
             {"network_data_format": {"inputs": {"image": {"num_channels": 4}}, "outputs": FOREGROUND}},
             ValueError,
-            "needs 4 images a case",
+            "takes 4 channels, but from one image it gets 1",
         ),
         ({"network_data_format": {}}, ValueError, "names no labels"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from importlib.util import find_spec
 
 import nibabel as nib
 import numpy as np
@@ -75,7 +76,29 @@ def test_train_prints_the_checkpoint_and_nothing_else(run, tmp_path, monkeypatch
     code, out, err = run("train", "--dataset_dir", "data", "-o", "out", "--epochs", "3", "-d", "cpu", "-q")
     assert (code, out, err) == (0, [str(tmp_path / "best.pt")], ["the log of MONAI"])
     ((bundle, *rest),) = calls
-    assert bundle.name == "headneck_ct_unet" and rest == ["data", "out", "cpu", 3, False]
+    assert bundle.name == "headneck_ct_unet" and rest == ["data", "out", "cpu", {"epochs": 3}, False]
+
+
+def test_train_passes_settings_on(run, tmp_path, monkeypatch):
+    from medseg3d.training import run as training
+
+    calls = []
+    monkeypatch.setattr(training, "train_bundle", lambda *arguments: calls.append(arguments) or tmp_path / "best.pt")
+    options = ("--patience", "7", "--max-hours", "0.5", "--tensorboard", "--mlflow", "http://host:5000")
+    sets = ("--set", "batch_size=4", "patch_size=[32, 32, 32]", "--set", "network_def::norm=instance")
+    code, _, err = run("train", "--dataset-dir", "data", "-o", "out", *options, *sets)
+    assert code == 0, err
+    assert calls[0][4] == {
+        "patience": 7,
+        "max_hours": 0.5,
+        "tensorboard": True,
+        "mlflow": "http://host:5000",
+        "batch_size": 4,
+        "patch_size": [32, 32, 32],
+        "network_def::norm": "instance",
+    }
+    monkeypatch.setenv("RANK", "1")  # of torchrun
+    assert run("train", "--dataset-dir", "data", "-o", "out")[:2] == (0, [])
 
 
 def test_train_says_what_is_wrong(run, bundles, tmp_path):
@@ -85,5 +108,12 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
     assert code == 1 and "--trust" in err[0]
     code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "-m", bundles.zoo, "--trust")
     assert code == 1 and "has no configs/train.json" in err[0]
+    code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", "learning=2")
+    assert code == 1 and "the train.json has no learning; it has" in err[-1] and "learning_rate" in err[-1]
+    for extra in ("tensorboard", "mlflow"):
+        if find_spec(extra) is None:
+            value = ("--mlflow", "runs") if extra == "mlflow" else ("--tensorboard",)
+            code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, *value)
+            assert code == 1 and f"pip install medseg3d[{extra}]" in err[-1]
     code, out, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path / "out", "-q")
     assert (code, out) == (1, []) and "is not in the dataset folder" in err[-1]

@@ -8,15 +8,18 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import medseg3d
 from medseg3d import cli
 from medseg3d.catalogue import BundleInfo
-from medseg3d.io import write_label_image
+from medseg3d.data.datasets import Case, Dataset
+from medseg3d.io import LabelTable, write_label_image, write_label_map
+from medseg3d.volume import Volume
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("inference", "pictures")
+PAGES = ("inference", "pictures", "data", "flops", "compare")
 
 
 def blocks(language: str, page: str = "inference") -> list[str]:
@@ -51,7 +54,7 @@ def pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDSEG3D_DEVICE", "cpu")
     folder = tiny.write_picture_bundle(tmp_path / "model" / "nuclei_microscopy_unet", "instances")
     bundle = BundleInfo(folder, shipped=True)
-    for module in ("medseg3d.cli", "medseg3d.bundle"):
+    for module in ("medseg3d.cli.predicting", "medseg3d.cli.verbs", "medseg3d.bundle"):
         monkeypatch.setattr(f"{module}.find_bundle", lambda name: bundle)
     return tmp_path
 
@@ -77,6 +80,42 @@ def test_the_commands_on_pictures_run_and_write_what_is_listed(pictures, run):
         "run.json",
     }
     assert (pictures / "cells_seg.png").is_file() and (pictures / "cells_seg.json").is_file()
+
+
+def test_the_snippet_on_data_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entries = [{"image": f"{n}.nii.gz", "label": f"{n}_seg.nii.gz", "fold": n} for n in range(2)]
+    for entry in entries:
+        Path(entry["image"]).touch()
+        Path(entry["label"]).touch()
+    Path("datalist.json").write_text(json.dumps({"training": entries, "labels": {"1": "liver"}}))
+    names: dict[str, object] = {}
+    (snippet,) = blocks("python", "data")
+    exec(compile(snippet, "docs/data.md", "exec"), names)
+    assert [case["case"] for case in names["cases"]] == ["0"] and names["dataset"].labels == {
+        0: "background",
+        1: "liver",
+    }
+
+
+def test_the_snippet_on_comparisons_runs(tmp_path, monkeypatch):
+    """With a tiny model in place of the large one, and a CT that is made up."""
+    from tests import tiny_bundles as tiny
+
+    monkeypatch.chdir(tmp_path)
+    one = tiny.write_threshold_bundle(tmp_path / "headneck_ct_unet", ("background", "mandible"))
+    for module in ("medseg3d.compare.contenders", "medseg3d.bundle"):
+        monkeypatch.setattr(f"{module}.find_bundle", lambda name: BundleInfo(one, shipped=True))
+    bone = Volume(tiny.bone().astype(np.uint8), tiny.LPS)
+    label = write_label_map(bone, tmp_path / "seg.nii.gz", LabelTable({1: "mandible"}))
+    case = Case("ct", (tiny.write_ct(tmp_path / "ct.nii.gz"),), label, "patient", "test")
+    data = Dataset("tiny", tmp_path, (case,), {0: "background", 1: "mandible"})
+    monkeypatch.setattr("medseg3d.data.manifest.dataset_of", lambda *source: data)
+    names: dict[str, object] = {}
+    for snippet in blocks("python", "compare"):
+        exec(compile(snippet, "docs/compare.md", "exec"), names)
+    assert len(names["result"].rows) == 2 and not names["result"].failures
+    assert (tmp_path / "comparison" / "comparison.html").is_file()
 
 
 @pytest.mark.parametrize("command", commands(*PAGES))

@@ -24,8 +24,10 @@ FLOORS = [
     {"trial", "segmentation"},
     {"planning"},
     {"training", "segmenter", "several", "batch", "pictures"},
-    {"bundle", "compare"},
+    {"bundle"},
+    {"compare"},
     {"medseg3d", "doctor"},
+    {"costs"},
     {"cli"},
     {"__main__"},
 ]
@@ -39,6 +41,7 @@ ONLY = {
     "metrics": {"geometry", "tasks"},
     "data": {"io", "volume", "geometry", "resources", "tasks"},
     "networks": {"layers"},
+    "flops": set(),  # networks arrive as modules
     "checkpoints": {"io", "layers", "networks", "version"},
     "compatibility": {"layers", "networks"},
     "inference": {"io", "volume", "geometry", "interpolation", "tasks"},  # networks and transforms arrive as callables
@@ -50,6 +53,7 @@ THIRD_PARTY_ONLY = {
     "tasks": {"numpy", "scipy"},
     "layers": {"torch"},
     "networks": {"torch"},
+    "flops": {"torch"},
     "losses": {"torch"},
     "checkpoints": {"torch", "numpy", "safetensors"},
     "metrics": {"numpy", "scipy"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import monai.losses
 import numpy as np
 import pytest
 import torch
 
-from medseg3d.losses import PartialDiceCELoss, WeightedCrossEntropyLoss
+from medseg3d.losses import MarginalLoss, PartialDiceCELoss, WeightedCrossEntropyLoss
 
 
 def case(batch=2, classes=4, shape=(3, 4, 2), seed=0):
@@ -117,6 +118,40 @@ def test_annotated_may_be_zeros_and_ones():
         assert loss(logits, labels, booleans.to(dtype)) == loss(logits, labels, booleans)
 
 
+def partial_dice_ce(logits, labels, annotated, weight, smooth, organ_weight):
+    """The loss as its docstring tells it, one step after another, for autograd."""
+    classes = logits.shape[1]
+    p, y = logits.softmax(dim=1).flatten(2), torch.nn.functional.one_hot(labels.flatten(1), classes).movedim(-1, 1)
+    missing = ~annotated[..., None]
+    p = torch.cat([p[:, :1] + (p * missing).sum(1, keepdim=True), (p * ~missing)[:, 1:]], dim=1)
+    weights = torch.where(labels.flatten(1) > 0, organ_weight, 1.0)
+    cross_entropy = -(weights * (p * y).sum(1).log()).mean()
+    overlap, total, size = ((p * y).sum((0, 2)), (p + y).sum((0, 2)), y.sum((0, 2)))
+    dice = (2 * overlap + smooth) / (total + smooth)
+    present = [k for k in range(1, classes) if size[k] > 0]
+    return cross_entropy + weight * (1 - dice[present]).mean() if present else cross_entropy
+
+
+@pytest.mark.parametrize("absent", [(), (2,), (1, 2, 3)])
+@pytest.mark.parametrize("unknown", [(), (1,), (1, 3)])
+@pytest.mark.parametrize("settings", [(1.0, 1e-5, 1.0), (0.4, 2.0, 7.0)])
+def test_value_and_gradient_are_those_of_the_formula(absent, unknown, settings):
+    logits, labels = case(batch=3)
+    annotated = torch.ones(3, 4, dtype=torch.bool)
+    for organ in absent:
+        labels[labels == organ] = 0
+    for organ in unknown:
+        annotated[1:, organ] = False
+        labels[1:][labels[1:] == organ] = 0
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = 3 * PartialDiceCELoss(*settings)(ours, labels, annotated)
+    expected = 3 * partial_dice_ce(theirs, labels, annotated, *settings)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    got.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("missing", [(), (2,), (1, 2, 3)])
 def test_loss_and_gradient_are_finite(scale, missing):
@@ -194,3 +229,56 @@ def test_what_weighted_cross_entropy_refuses():
         WeightedCrossEntropyLoss()(logits, labels, torch.ones(labels.shape)[:, 0])
     with pytest.raises(ValueError, match="must be 'sum', 'mean' or 'weighted_mean', got 'none'"):
         WeightedCrossEntropyLoss("none")
+
+
+MONAI_LOSSES = [
+    lambda: monai.losses.DiceLoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0),
+    lambda: monai.losses.GeneralizedDiceLoss(to_onehot_y=True, softmax=True),
+    lambda: monai.losses.DiceCELoss(to_onehot_y=True, softmax=True),
+    lambda: monai.losses.TverskyLoss(to_onehot_y=True, softmax=True, alpha=0.3, beta=0.7),
+    lambda: monai.losses.FocalLoss(to_onehot_y=True, use_softmax=True),
+]
+
+
+@pytest.mark.parametrize("make", MONAI_LOSSES)
+def test_a_class_that_is_not_contoured_is_background(make):
+    """The loss of the smaller problem, in which the missing class never was; cases are averaged."""
+    loss, (logits, labels) = make(), case()
+    labels[1][labels[1] == 2] = 0
+    annotated = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]])
+    p = logits[1:].softmax(dim=1)
+    smaller = torch.stack([p[:, 0] + p[:, 2], p[:, 1], p[:, 3]], dim=1).log()
+    renamed = torch.where(labels[1:] == 3, 2, labels[1:])
+    expected = (loss(logits[:1], labels[:1]) + loss(smaller, renamed)) / 2
+    got = MarginalLoss(loss)(logits, labels, annotated)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert got.item() != pytest.approx(MarginalLoss(loss)(logits, labels).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("make", MONAI_LOSSES)
+def test_marginal_losses_are_computed_in_float32(make):
+    logits, labels = case(shape=(8, 8, 8))
+    labels[0][labels[0] == 1] = 0
+    annotated = torch.tensor([[True, False, True, True], [True] * 4])
+    rounded = (logits * 30).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = MarginalLoss(make())(rounded, labels, annotated)
+    loss.backward()
+    expected = MarginalLoss(make())(rounded.detach().float(), labels, annotated)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.isfinite(rounded.grad).all() and rounded.grad.abs().sum() > 0
+
+
+def test_squared_dice_of_v_net_by_hand():
+    """Two voxels with probabilities a half: D = 2 * 0.5 / (0.25 + 0.25 + 1) for either class."""
+    loss = MarginalLoss(monai.losses.DiceLoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0))
+    assert loss(torch.zeros(1, 2, 2), torch.tensor([[[0, 1]]])).item() == pytest.approx(1 - 2 / 3, abs=1e-4)
+
+
+def test_what_marginal_loss_refuses():
+    logits, labels = case()
+    loss = MarginalLoss(MONAI_LOSSES[0]())
+    with pytest.raises(ValueError, match=r"annotated must be \(2, 4\), got \(2, 3\)"):
+        loss(logits, labels, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="make them background"):
+        loss(logits, labels, torch.tensor([[1, 1, 0, 1]] * 2))

@@ -245,14 +245,14 @@ def own_config(network_def: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_threshold_bundle(folder: Path) -> Path:
+def write_threshold_bundle(folder: Path, labels: Sequence[str] = ("background", "bone")) -> Path:
     """A bundle in medseg3d's own style whose network says "bone" above `MIDWAY`, so that the truth is known."""
     network = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     state = {
         "weight": torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1),
         "bias": torch.tensor([0.0, -MIDWAY / 300]),
     }
-    return write_bundle(folder, own_config(network), state, labels=("background", "bone"))
+    return write_bundle(folder, own_config(network), state, labels=labels)
 
 
 def write_own_bundle(folder: Path) -> Path:

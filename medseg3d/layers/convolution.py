@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medseg3d.layers.normalization import InstanceNorm
+from medseg3d.layers.normalization import GroupNorm, InstanceNorm
 from medseg3d.layers.winograd import Conv3d
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: Conv3d}
@@ -63,7 +63,7 @@ def norm_layer(spec: NameAndArguments | None, channels: int, spatial_dims: int) 
     if name == "instance":
         return InstanceNorm(channels, **arguments)
     if name == "group":
-        return nn.GroupNorm(**{"num_groups": 8, **arguments}, num_channels=channels)
+        return GroupNorm(**{"num_groups": 8, **arguments}, num_channels=channels)
     raise ValueError(f"norm must be None, 'batch', 'instance' or 'group', got {spec!r}")
 
 

@@ -12,7 +12,7 @@ from medseg3d.networks.detection.mask_rcnn import MaskRCNN, maskrcnn_resnet50_fp
 from medseg3d.networks.detection.upsnet import UPSNet
 from medseg3d.networks.fcn import FCN
 from medseg3d.networks.fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
-from medseg3d.networks.ssl_head import SSLHead
+from medseg3d.networks.ssl_head import SSLHead, SSLReconstruction
 from medseg3d.networks.swin_unetr import SwinUNETR
 from medseg3d.networks.unet import UNet, cicek_unet, ronneberger_unet
 from medseg3d.networks.unetr import UNETR
@@ -26,6 +26,7 @@ __all__ = [
     "FCNResNet",
     "MaskRCNN",
     "SSLHead",
+    "SSLReconstruction",
     "SwinClassifier",
     "SwinUNETR",
     "UNet",

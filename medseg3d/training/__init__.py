@@ -9,26 +9,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medseg3d.training.averaging import AveragedWeights
     from medseg3d.training.checkpoint import ResumeFromLast
-    from medseg3d.training.iterations import DetectionIteration, SegmentationIteration, channels_last
-    from medseg3d.training.objects import ObjectF1
+    from medseg3d.training.curves import Curves
+    from medseg3d.training.guard import Guarded
+    from medseg3d.training.iterations import DetectionIteration, Diverged, SegmentationIteration, channels_last
+    from medseg3d.training.objects import ObjectAP, ObjectF1
+    from medseg3d.training.pretraining import PretrainingIteration, PretrainingValidation
+    from medseg3d.training.schedules import WarmupCosine
+    from medseg3d.training.seeds import SeedEveryEpoch
+    from medseg3d.training.stopping import StopEarly
     from medseg3d.training.surface import HausdorffInMm
 
 _MODULE_OF = {
+    "AveragedWeights": "averaging",
+    "Curves": "curves",
     "DetectionIteration": "iterations",
+    "Diverged": "iterations",
+    "Guarded": "guard",
     "HausdorffInMm": "surface",
+    "ObjectAP": "objects",
     "ObjectF1": "objects",
+    "PretrainingIteration": "pretraining",
+    "PretrainingValidation": "pretraining",
     "ResumeFromLast": "checkpoint",
+    "SeedEveryEpoch": "seeds",
     "SegmentationIteration": "iterations",
+    "StopEarly": "stopping",
+    "WarmupCosine": "schedules",
     "channels_last": "iterations",
 }
 
 __all__ = [
+    "AveragedWeights",
+    "Curves",
     "DetectionIteration",
+    "Diverged",
+    "Guarded",
     "HausdorffInMm",
+    "ObjectAP",
     "ObjectF1",
+    "PretrainingIteration",
+    "PretrainingValidation",
     "ResumeFromLast",
+    "SeedEveryEpoch",
     "SegmentationIteration",
+    "StopEarly",
+    "WarmupCosine",
     "channels_last",
 ]
 

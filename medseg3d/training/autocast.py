@@ -20,16 +20,16 @@ def thin_maps_in_float32(network: nn.Module) -> Iterator[None]:
     """
     left: list[bool] = []  # one entry for each convolution that runs: whether it left autocast
 
-    def leave(conv: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def leave(conv: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         image = inputs[0]
-        thin = image.device.type == "cpu" and image.shape[2] < conv.kernel_size[0]  # type: ignore[index, operator]
+        thin = image.device.type == "cpu" and image.shape[2] < conv.kernel_size[0]
         left.append(thin and torch.is_autocast_enabled("cpu"))
         if not left[-1]:
             return inputs
         torch.set_autocast_enabled("cpu", False)
         return (image.float(),)
 
-    def come_back(conv: nn.Module, inputs: Any, output: Any) -> None:
+    def come_back(conv: Any, inputs: Any, output: Any) -> None:
         if left.pop():
             torch.set_autocast_enabled("cpu", True)
 

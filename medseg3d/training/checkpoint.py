@@ -54,11 +54,17 @@ class ResumeFromLast:
         if not self.path.is_file():
             return
         checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
+        missing = [name for name in self.save_dict if name not in checkpoint]
+        if missing:
+            raise ValueError(
+                f"{self.path} has no {', '.join(missing)}: another train.json wrote it, so its run cannot go on with "
+                "this one; choose another output folder"
+            )
         for name, target in self.save_dict.items():
             state = checkpoint[name]
             if hasattr(target, "total_iters"):  # a schedule of the learning rate now ends where this run shall end
                 state = {**state, "total_iters": target.total_iters}
-            _unwrapped(target).load_state_dict(state)
+            unwrapped(target).load_state_dict(state)
         if self.best_saver is not None and "best" in checkpoint:
             self.best_saver.load_state_dict(checkpoint["best"])
         engine.state.epoch = checkpoint["epoch"]
@@ -79,7 +85,7 @@ class ResumeFromLast:
         if idist.get_rank() > 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = {name: _unwrapped(source).state_dict() for name, source in self.save_dict.items()}
+        checkpoint = {name: unwrapped(source).state_dict() for name, source in self.save_dict.items()}
         checkpoint |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         if self.best_saver is not None and self.best_saver._key_metric_checkpoint is not None:
             checkpoint["best"] = self.best_saver._key_metric_checkpoint.state_dict()
@@ -88,5 +94,5 @@ class ResumeFromLast:
         os.replace(temporary, self.path)
 
 
-def _unwrapped(item: Any) -> Any:
+def unwrapped(item: Any) -> Any:
     return item.module if isinstance(item, DistributedDataParallel) else item

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medseg3d.inference.device import resolve_device
+
+EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # id of a train.json -> module and extra that it needs
 
 
 def train_bundle(
@@ -16,49 +20,79 @@ def train_bundle(
     dataset_dir: str | Path,
     output_dir: str | Path,
     device: str = "auto",
-    epochs: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
     """Train, or go on where an earlier run in ``output_dir`` was stopped.
 
+    Under ``torchrun`` each process trains on its share of the data, by the bundle's multi_gpu_train.json.
+
+    Args:
+        bundle: its folder.
+        dataset_dir: the folder that the bundle's data manifest starts from.
+        output_dir: where checkpoints, curves and logs go.
+        device: "auto", "cpu", "cuda:0", ...
+        settings: values for ids of train.json, such as ``{"epochs": 10, "network_def::norm": "instance"}``.
+        progress: whether to show a bar.
+
     Returns:
-        The checkpoint with the best validation Dice (or the last one if no epoch was validated).
+        The checkpoint with the best validation (or the last one if no epoch was validated).
 
     Raises:
         FileNotFoundError: the bundle has no train.json, or the dataset folder lacks a file that the manifest names.
-        ModuleNotFoundError: the ``train`` extra is not installed; the message names the command.
+        ModuleNotFoundError: an extra is not installed; the message names the command.
+        ValueError: a setting that the train.json does not have.
     """
-    missing = [name for name in ("ignite", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f"training needs {' and '.join(missing)}: pip install medseg3d[train]")
-    config = bundle / "configs" / "train.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{bundle} has no configs/train.json, so medseg3d cannot train it")
+    settings = dict(settings or {})
+    _require_modules(settings)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    names = ["train.json", *(["multi_gpu_train.json"] if several else [])]
+    configs = [str(bundle / "configs" / name) for name in names]
+    for config in configs:
+        if not Path(config).is_file():
+            raise FileNotFoundError(f"{bundle} has no configs/{Path(config).name}, so medseg3d cannot train it")
     if not Path(dataset_dir).is_dir():
         raise FileNotFoundError(f"the dataset folder {dataset_dir} does not exist")
-    overrides: dict[str, Any] = {
-        "bundle_root": str(bundle),
-        "dataset_dir": str(dataset_dir),
-        "output_dir": str(output_dir),
-        "device": resolve_device(device),
-    }
-    if epochs is not None:
-        overrides["epochs"] = epochs
+    _require_ids(configs, settings)
+    settings |= {"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
+    if not several or device != "auto":  # each of several processes finds its own
+        settings["device"] = resolve_device(device)
     workflow = ConfigWorkflow(
-        config_file=str(config),
+        config_file=configs,
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=str(bundle / "configs" / "logging.conf"),
         workflow_type="train",
-        **overrides,
+        **settings,
     )
     workflow.initialize()
-    if progress:
-        from ignite.handlers import ProgressBar
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-        trainer = workflow.parser.get_parsed_content("train::trainer")
-        ProgressBar(desc="training").attach(trainer, output_transform=lambda output: {"loss": float(output["loss"])})
-    workflow.run()
+    if progress:
+        from medseg3d.training.progress import Progress
+
+        evaluator = workflow.parser.get_parsed_content("validate::evaluator")
+        Progress(evaluator).attach(workflow.parser.get_parsed_content("train::trainer"))
+    with logging_redirect_tqdm():  # lines of the log go above the bar
+        workflow.run()
     workflow.finalize()
     folder = Path(workflow.parser.get_parsed_content("checkpoint_dir"))
     best = folder / "best.pt"
     return best if best.is_file() else folder / "last.pt"
+
+
+def _require_modules(settings: Mapping[str, Any]) -> None:
+    missing = [name for name in ("ignite", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"training needs {' and '.join(missing)}: pip install medseg3d[train]")
+    for name, module in EXTRAS.items():
+        if settings.get(name) and find_spec(module) is None:
+            raise ModuleNotFoundError(f"{name} is not installed: pip install medseg3d[{name}]")
+
+
+def _require_ids(configs: list[str], settings: Mapping[str, Any]) -> None:
+    parser = ConfigParser()
+    parser.read_config(configs)
+    unknown = [name for name in settings if name not in parser]
+    if unknown:
+        plain = ", ".join(name for name, value in parser.get().items() if not isinstance(value, dict | list))
+        raise ValueError(f"the train.json has no {', '.join(unknown)}; it has {plain} and what lies within the others")

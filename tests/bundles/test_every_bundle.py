@@ -27,6 +27,8 @@ HEADINGS = (
 )
 # What MONAI Label and the MONAI Deploy App SDK look up in inference.json.
 CONSUMED = ("bundle_root", "device", "network_def", "preprocessing", "postprocessing", "inferer", "dataset_dir")
+# MONAI's commands that take no network of objects; the card of a detector says so.
+TENSORS_ONLY = {"verify_net_in_out", "ckpt_export"}
 
 
 @pytest.fixture(params=shipped_bundles(), ids=lambda bundle: bundle.name)
@@ -36,6 +38,19 @@ def bundle(request):
 
 def config(bundle, name):
     return json.loads((bundle.path / "configs" / f"{name}.json").read_text())
+
+
+def gives_tensors(bundle):
+    """Whether the network returns a tensor; a detector returns a dictionary for each picture."""
+    return config(bundle, "metadata")["network_data_format"]["outputs"]["pred"]["type"] != "object"
+
+
+def trained(bundle):
+    parser = ConfigParser()
+    parser.read_config(str(bundle.path / "configs" / "inference.json"))
+    network = parser.get_parsed_content("network_def")
+    network.load_state_dict(torch.load(bundle.path / "models" / "model.pt", weights_only=True))
+    return network.eval()
 
 
 def test_every_folder_is_a_bundle():
@@ -61,7 +76,9 @@ def test_commands_of_the_model_card_name_what_exists(bundle):
     """Every file and every id that a command of the card gives is there, so that a rename cannot leave it behind."""
     text = (bundle.path / "docs" / "README.md").read_text()
     commands = re.findall(r"^(?:python|torchrun) .*-m monai\.bundle (\w+) (.+)$", text, re.MULTILINE)
-    assert {verb for verb, _ in commands} == {"run", "verify_metadata", "verify_net_in_out", "ckpt_export"}
+    needed = {"run", "verify_metadata", *(TENSORS_ONLY if gives_tensors(bundle) else ())}
+    assert {verb for verb, _ in commands} == needed
+    assert [verb for verb in TENSORS_ONLY if f"`{verb}`" not in text and f"monai.bundle {verb}" not in text] == []
     for verb, rest in commands:
         words = shlex.split(rest)
         options = dict(zip(words[::2], words[1::2], strict=True))
@@ -119,6 +136,9 @@ def test_version_and_labels(bundle):
     data_format = metadata["network_data_format"]
     pred = data_format["outputs"]["pred"]
     assert list(pred["channel_def"]) == [str(number) for number in range(pred["num_channels"])]
+    if not bundle.labels:  # it does not segment: weights to start another network from
+        assert metadata["label_classes"] == "none"
+        return
     assert pred["channel_def"]["0"] == "background"
     last = 65535 if bundle.pictures == "instances" else pred["num_channels"] - 1
     assert data_format["post_processed_outputs"]["pred"]["value_range"] == [0, last]
@@ -128,10 +148,41 @@ def test_version_and_labels(bundle):
 
 
 def test_network_in_and_out_fit_the_metadata(bundle):
+    if not gives_tensors(bundle):
+        check_detections(bundle)
+        return
     configs = bundle.path / "configs"
     verify_net_in_out(
         net_id="network_def", meta_file=str(configs / "metadata.json"), config_file=str(configs / "inference.json")
     )
+
+
+def check_detections(bundle):
+    """What MONAI's command cannot: a dictionary for each picture, of objects whose classes the metadata names."""
+    data_format = config(bundle, "metadata")["network_data_format"]
+    channels = data_format["inputs"]["image"]["num_channels"]
+    batch = torch.zeros(2, channels, 60, 70)
+    batch[1, :, 20:40, 25:45] = 1
+    with torch.no_grad():
+        found = trained(bundle)(batch)
+    assert len(found) == 2 and len(found[1]["labels"]) > 0
+    for one in found:
+        n = len(one["labels"])
+        shapes = {"boxes": (n, 4), "labels": (n,), "scores": (n,), "masks": (n, 1, 60, 70)}
+        assert {name: tuple(value.shape) for name, value in one.items()} == shapes
+        assert set(one["labels"].tolist()) <= bundle.labels.keys()
+
+
+def test_export(bundle):
+    """To torch.export and TorchScript: the network, or of a detector the backbone, as its card says."""
+    network = trained(bundle) if gives_tensors(bundle) else trained(bundle).backbone
+    image = config(bundle, "metadata")["network_data_format"]["inputs"]["image"]
+    sides = [64, 64] if len(image["spatial_shape"]) == 2 else [64, 32, 32]
+    x = torch.randn(1, image["num_channels"], *sides, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(x)
+        for exported in (torch.export.export(network, (x,)).module(), torch.jit.trace(network, x, strict=False)):
+            torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ids_that_other_programs_look_up(bundle):
@@ -160,7 +211,4 @@ def test_bundle_workflow_properties(bundle, kind, phantoms, picture_phantoms, tm
 
 
 def test_weights_fit_the_network(bundle):
-    parser = ConfigParser()
-    parser.read_config(str(bundle.path / "configs" / "inference.json"))
-    network = parser.get_parsed_content("network_def")
-    network.load_state_dict(torch.load(bundle.path / "models" / "model.pt", weights_only=True))
+    trained(bundle)  # strictly: no key is missing or left over

@@ -35,7 +35,6 @@ TINY = {
     "iterations_per_epoch": 2,
     "val_interval": 1,
     "patch_size": [16, 16, 16],
-    "crop_size": [24, 24, 24],
     "network_def::channels": [8, 8, 8],
 }
 
@@ -252,7 +251,8 @@ def test_training_writes_checkpoints_and_resumes(phantoms, tmp_path):
     assert (first["epoch"], first["iteration"]) == (1, 2)
     best = torch.load(checkpoints / "best.pt", weights_only=True)
     assert best.keys() == first["model"].keys()  # weights alone: what models/model.pt holds
-    assert all(torch.equal(best[key], first["model"][key]) for key in best)
+    assert all(torch.equal(best[key], first["ema"]["weights"][key]) for key in best)
+    assert any(not torch.equal(best[key], first["model"][key]) for key in best)
 
     run(TRAIN, **settings)
     second = torch.load(checkpoints / "last.pt", weights_only=True)
@@ -273,7 +273,7 @@ def test_medseg3d_train_goes_on_where_monai_stopped(phantoms, tmp_path, monkeypa
         small(self, *arguments, **{**settings, **keywords})
 
     monkeypatch.setattr(ConfigWorkflow, "__init__", with_tiny_settings)
-    best = train_bundle(BUNDLE, phantoms.folder, tmp_path, device="cpu", epochs=2, progress=False)
+    best = train_bundle(BUNDLE, phantoms.folder, tmp_path, device="cpu", settings={"epochs": 2}, progress=False)
     assert best == tmp_path / "checkpoints" / "best.pt"
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["iteration"] == 4
 

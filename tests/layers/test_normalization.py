@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medseg3d.layers.layout import channels_last
-from medseg3d.layers.normalization import InstanceNorm, normalize_and_activate
+from medseg3d.layers.normalization import GroupNorm, InstanceNorm, normalize_and_activate
 
 SHAPES = [(2, 4, 6, 5, 7), (3, 4, 9, 10), (1, 4, 21, 30, 31)]  # the last has more than one piece
 NORMS = {
@@ -104,3 +104,44 @@ def test_the_keys_are_those_of_torch():
 def test_a_single_voxel_is_refused():
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         InstanceNorm(4)(torch.zeros(1, 4, 1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gradients_of_group_norm(shape, groups):
+    x, cotangent = random(shape, 0, mean=5.0).requires_grad_(), random(shape, 2)
+    norm = GroupNorm(groups, 4)
+    for i, parameter in enumerate(norm.parameters()):
+        nn.init.uniform_(parameter, 0.5 + i, 1.5 + i)
+    plain = nn.GroupNorm(groups, 4).double()
+    plain.load_state_dict(norm.state_dict())
+    ours, theirs = norm(x), plain(x.double().contiguous())
+    assert "GroupNormalize" in type(ours.grad_fn).__name__
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)  # PyTorch's own sums
+    got = torch.autograd.grad((ours * cotangent).sum(), [x, *norm.parameters()])
+    expected = torch.autograd.grad((theirs * cotangent).sum(), [x, *plain.parameters()])
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=5e-5 * other.abs().max().item())
+
+
+def test_group_norm_in_bfloat16_under_autocast():
+    x, cotangent = random((2, 8, 12, 12, 12), 0, mean=1.0).bfloat16(), random((2, 8, 12, 12, 12), 1).bfloat16()
+    norm, plain = GroupNorm(4, 8), nn.GroupNorm(4, 8)
+    gradients = []
+    for module, image in ((norm, x), (plain, x.contiguous())):
+        image = image.clone(memory_format=torch.preserve_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(image)
+        gradients.append(torch.autograd.grad((y * cotangent).sum(), [image, *module.parameters()]))
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 5), (2, 4, 5, 5)])
+def test_group_norm_is_torchs_for_everything_else(shape):
+    x = torch.randn(shape, requires_grad=True)
+    norm = GroupNorm(2, 4)
+    assert torch.equal(norm(x), F.group_norm(x, 2, norm.weight, norm.bias))
+    scripted = torch.jit.script(norm)
+    assert torch.equal(scripted(x), norm(x))

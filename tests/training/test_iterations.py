@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg3d.training import DetectionIteration, SegmentationIteration
+from medseg3d.training import DetectionIteration, Diverged, SegmentationIteration
 
 
 def engine_of(network, loss):
@@ -52,6 +52,36 @@ def test_the_gradient_is_clipped():
     assert (network.weight - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_parts_of_a_batch_add_up_to_the_whole(parts):
+    """Of five cases; more parts than cases are as many as there are cases."""
+    torch.manual_seed(0)
+    batch = {"image": torch.randn(5, 1, 4, 4), "label": torch.randn(5, 1, 4, 4), "weights": torch.rand(5, 1, 4, 4)}
+    results, sizes = [], []
+
+    def loss(logits, label, weights):
+        sizes.append(len(logits))
+        return ((logits - label).square() * weights).mean()
+
+    for micro_batches in (1, parts):
+        network = nn.Conv2d(1, 1, 3, padding=1)
+        nn.init.constant_(network.weight, 0.1)
+        nn.init.zeros_(network.bias)
+        step = SegmentationIteration("weights", dtype=torch.float32, micro_batches=micro_batches)
+        output = step(engine_of(network, loss), batch)
+        results.append((output["loss"], output["pred"], network.weight.detach()))
+    assert sizes == [5] + {2: [3, 2], 3: [2, 2, 1], 7: [1] * 5}[parts]
+    for whole, added in zip(*results, strict=True):
+        torch.testing.assert_close(added, whole)
+
+
+def test_a_failure_names_its_cases():
+    step = SegmentationIteration(dtype=torch.float32)
+    with pytest.raises(Diverged, match=r"iteration 3 \(patient1, patient2\); lower") as caught:
+        step(engine_of(nn.Conv2d(1, 1, 1), lambda y, label: y.sum() / 0), batch_of(case=["patient1", "patient2"]))
+    assert caught.value.event.endswith("iteration 3 (patient1, patient2)")
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -90,5 +120,6 @@ def test_a_detector_learns_from_the_sum_of_its_losses():
 
 def test_a_diverged_detector_stops_too():
     network = Detector()
-    with pytest.raises(RuntimeError, match="the loss became nan at iteration 3"):
-        DetectionIteration([])(engine_of(network, None), [{"image": torch.full((1, 2, 2), float("nan"))}])
+    with pytest.raises(Diverged, match=r"the loss became nan at iteration 3 \(nuclei7\)"):
+        item = {"image": torch.full((1, 2, 2), float("nan")), "case": "nuclei7"}
+        DetectionIteration([])(engine_of(network, None), [item])

@@ -73,6 +73,13 @@ def test_a_run_that_has_ended_cannot_go_on(tmp_path):
         Training(tmp_path, [0], epochs=3).run(3)
 
 
+def test_a_run_of_another_config_is_told_so(tmp_path):
+    Training(tmp_path, [0, 0], epochs=4).run(2)
+    resume = ResumeFromLast(tmp_path / "last.pt", {"model": nn.Linear(2, 1), "ema": nn.Linear(2, 1)})
+    with pytest.raises(ValueError, match=r"last.pt has no ema: another train.json wrote it"):
+        resume.load(Engine(lambda engine, batch: None))
+
+
 def test_names_have_no_prefix_of_the_parallel_wrapper(tmp_path):
     idist.initialize("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:

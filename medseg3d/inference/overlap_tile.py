@@ -91,7 +91,7 @@ class OverlapTile(Streamed):
                 batch = torch.stack([_take(image, index) for index in indices])
                 logits = self._checked(network(batch, *args, **kwargs), len(some), outputs)
                 if values is None:
-                    values = logits.new_empty(logits.shape[1], stop - start, *size[1:])
+                    values = logits.new_empty((logits.shape[1], stop - start, *size[1:]))
                 for found, place in zip(logits, some, strict=True):
                     into = values[(slice(None), slice(None), *self._within(place, outputs[1:]))]
                     into.copy_(found[tuple(slice(0, length) for length in (len(found), *into.shape[1:]))])

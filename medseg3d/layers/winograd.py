@@ -143,7 +143,7 @@ def convolve_patches(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     patches = F.pad(x, (halo, halo, 0, 0, halo, halo)).unfold(2, taps, 1).unfold(4, taps, 1)
     of_plane = channels_last(weight.permute(0, 1, 2, 4, 3).reshape(outputs, -1, taps, 1))
     y = torch.empty(batch, outputs, depth, height, width, dtype=x.dtype, memory_format=torch.channels_last_3d)
-    plane = x.new_empty(height, width, inputs, taps, taps)
+    plane = x.new_empty((height, width, inputs, taps, taps))
     for image, result in zip(patches.permute(0, 2, 3, 4, 1, 5, 6), y.unbind(), strict=True):
         for patches_of_slice, slice_of_result in zip(image, result.unbind(1), strict=True):
             plane.copy_(patches_of_slice)
@@ -173,7 +173,7 @@ def transform_weight(weight: torch.Tensor) -> list[torch.Tensor]:
     """(O, I, r, r, r) -> for each point a weight (O, I, r, r) of a convolution in the plane."""
     _, of_weights, _ = transforms(SLICES[weight.dtype, weight.shape[2]], weight.shape[2])
     outputs, inputs, *_, height, width = weight.shape
-    points = [channels_last(weight.new_empty(outputs, inputs, height, width)) for _ in of_weights]
+    points = [channels_last(weight.new_empty((outputs, inputs, height, width))) for _ in of_weights]
     for number, filters in enumerate(weight):  # one output at a time: float64 copies of all would be the peak of memory
         for point, values in zip(points, torch.einsum("pd,idhw->pihw", of_weights, filters.double()), strict=True):
             point[number] = values

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch.nn import functional as F
 
 from medseg3d.layers import winograd
@@ -114,3 +115,11 @@ def test_in_half_the_bits_tiles_have_some_twice_the_error(taps, monkeypatch):
     with torch.no_grad():
         error = (convolve(x, weight, None, Derived()) - reference).norm() / reference.norm()
     assert 4e-3 < error < 8e-3  # PyTorch's is below 3e-3
+
+
+def test_a_subclass_of_tensor_goes_through():
+    """MONAI's, for one, whose ``new_empty`` takes a size as one argument only."""
+    torch.manual_seed(0)
+    conv, x = Conv3d(32, 32, 3, padding=1).eval(), torch.randn(1, 32, 16, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(conv(MetaTensor(x)).as_subclass(torch.Tensor), conv(x), rtol=0, atol=0)

@@ -184,3 +184,11 @@ def test_bfloat16_is_close_to_float32(subject):
         y = subject.network(subject.x)
     assert y.dtype == torch.bfloat16
     assert (y.float() - subject.y).norm() < 0.03 * subject.y.norm()
+
+
+def test_a_monai_tensor_gives_the_same(subject):
+    from monai.data import MetaTensor
+
+    with torch.no_grad():
+        y = subject.network(MetaTensor(subject.x))
+    torch.testing.assert_close(torch.as_tensor(y).as_subclass(torch.Tensor), subject.y, rtol=0, atol=0)

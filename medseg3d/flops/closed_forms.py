@@ -6,6 +6,7 @@ have any number of axes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -14,15 +15,15 @@ from typing import Any
 Size = tuple[int, ...]
 
 
-class ClosedForm:
+class ClosedForm(ABC):
     """What is known by formula; ``figures`` are all of its numbers by name."""
 
     _figures: tuple[str, ...] = ()
 
     @property
+    @abstractmethod
     def macs(self) -> int:
         """Multiply-adds."""
-        raise NotImplementedError
 
     @property
     def flops(self) -> int:

@@ -75,7 +75,8 @@ def test_names_cannot_break_it():
 
 @pytest.mark.parametrize("changes", [{"models": ("alone",)}, {"patients": 1}, {"rows": (), "costs": ()}])
 def test_little_is_enough(changes):
-    Tags(written(**changes))
+    parsed = Tags(written(**changes))
+    assert "table" in {tag for tag, _ in parsed.found} and "nan" not in " ".join(parsed.texts).split()
 
 
 def test_failures_are_told():

@@ -6,8 +6,7 @@ trained alike on 5, 15 and all completely contoured training cases of OpenKBP; m
 Data, preprocessing, augmentation and post-processing are those of ``bundles/headneck_ct_unet``. Both runs of a pair
 have the same cases, windows, decoder and schedule; they differ in the encoder's first weights alone. A finished run
 leaves RUN_FOLDER/NAME.json and is not repeated, so the command goes on where it was stopped. Progress goes to stderr;
-stdout is Markdown. float32, because on CPUs PyTorch 2.13 gives wrong bfloat16 gradients to 3D convolutions on 2x2x2
-voxels, which is what a window of 64 has at the deepest level.
+stdout is Markdown. bfloat16 autocast, as in the bundles' training.
 """
 
 from __future__ import annotations
@@ -37,12 +36,14 @@ from medseg3d.metrics.overlap import overlaps
 from medseg3d.networks import SwinUNETR
 from medseg3d.resources import resource_folder
 from medseg3d.training import channels_last
+from medseg3d.training.autocast import thin_maps_in_float32
 
 MANIFEST = "openkbp_headneck"
 PRETRAINED = resource_folder("bundles") / "ct_swin_ssl"
 TRAIN = resource_folder("bundles") / "headneck_ct_unet" / "configs" / "train.json"
 STARTS = ("random", "pre-trained")
 NORM = 12.0  # the gradient's L2 norm is clipped to this
+ORGAN_WEIGHT = 10.0  # as in train.json: a short training would else find nothing but background
 
 
 def main() -> None:
@@ -126,14 +127,17 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.rate, arguments.steps + 1, pct_start=0.1, cycle_momentum=False
     )
-    loss_function = PartialDiceCELoss()
+    loss_function = PartialDiceCELoss(organ_weight=ORGAN_WEIGHT)
     losses = []
     network.train()
     for step, window in enumerate(windows(dataset, size, arguments.steps, arguments.seed)):
         image = window["image"].unsqueeze(0).contiguous(memory_format=torch.channels_last_3d)
-        loss = loss_function(network(image), window["label"].unsqueeze(0))
         optimizer.zero_grad()
-        loss.backward()
+        with thin_maps_in_float32(network):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network(image)
+            loss = loss_function(logits.float(), window["label"].unsqueeze(0))
+            loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), NORM, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()

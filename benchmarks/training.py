@@ -54,7 +54,9 @@ def shipped(dataset_dir: str, cases: int, device: torch.device) -> ConfigParser:
     folder = resource_folder("bundles") / "headneck_ct_unet"
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "train.json"))
-    parser.update({"bundle_root": str(folder), "dataset_dir": dataset_dir, "cases": cases, "device": device})
+    parser.update(
+        {"bundle_root": str(folder), "dataset_dir": dataset_dir, "cases": cases, "cache_dir": None, "device": device}
+    )
     return parser
 
 

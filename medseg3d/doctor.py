@@ -14,7 +14,7 @@ _REQUIRED = ("numpy", "scipy", "torch", "monai", "nibabel", "SimpleITK", "isal",
 _EXTRAS = {
     "dicom": ("pydicom", "pylibjpeg"),
     "bundle": ("fire", "jsonschema", "pytorch-ignite", "pyyaml"),
-    "train": ("pytorch-ignite", "tqdm"),
+    "train": ("psutil", "pytorch-ignite", "tqdm"),
 }
 # (package, version prefix, what goes wrong); sources: PyTorch issues 166122 and 166643.
 _KNOWN_BAD = (("torch", "2.9.", "3D convolutions under mixed precision are much slower and take more memory"),)

@@ -81,7 +81,7 @@ def train_bundle(
 
 
 def _require_modules(settings: Mapping[str, Any]) -> None:
-    missing = [name for name in ("ignite", "tqdm") if find_spec(name) is None]
+    missing = [name for name in ("ignite", "psutil", "tqdm") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"training needs {' and '.join(missing)}: pip install medseg3d[train]")
     for name, module in EXTRAS.items():

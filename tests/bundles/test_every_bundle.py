@@ -196,7 +196,7 @@ def test_ids_that_other_programs_look_up(bundle):
 @pytest.mark.parametrize("kind", ["train", "inference"])
 def test_bundle_workflow_properties(bundle, kind, phantoms, picture_phantoms, tmp_path):
     data = picture_phantoms if bundle.pictures else phantoms
-    small = {"crop_size": [40, 40]} if bundle.pictures else {"cache_rate": 0.0}
+    small = {"crop_size": [40, 40]} if bundle.pictures else {"cache_memory": 0.0}
     overrides = data.overrides | {"output_dir": str(tmp_path)} | (small if kind == "train" else {})
     workflow = ConfigWorkflow(
         str(bundle.path / "configs" / f"{kind}.json"),

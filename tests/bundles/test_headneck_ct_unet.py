@@ -118,7 +118,7 @@ def test_wrong_dataset_folder_is_an_error(configs, overrides, tmp_path):
 def test_missing_weights_are_an_error(configs, phantoms, tmp_path):
     overrides = phantoms.overrides | {"output_dir": str(tmp_path / "out"), "ckpt_path": str(tmp_path / "none.pt")}
     if configs == TRAIN:
-        overrides |= {"load_pretrain": True, "cache_rate": 0.0}
+        overrides |= {"load_pretrain": True, "cache_memory": 0.0}
     with pytest.raises(Exception) as error:
         run(configs, **overrides)
     assert "none.pt" in chain(error.value)

@@ -134,7 +134,8 @@ class TransformerBlocks(nn.ModuleList):
 def recompute_in_backward(module: nn.Module) -> nn.Module:
     """Let the module, in training, keep its inputs only and compute everything else again for the gradient.
 
-    Chen et al., "Training deep nets with sublinear memory cost", 2016. TorchScript cannot script such a module.
+    Chen et al., "Training deep nets with sublinear memory cost", 2016. The second pass leaves the running statistics of
+    batch norms alone: they have seen that batch. TorchScript cannot script such a module.
     """
     # Not a closure: a copy of the module must recompute with the copy's weights.
     module.forward = partial(_recomputed, type(module).forward, module)  # type: ignore[method-assign]
@@ -142,6 +143,23 @@ def recompute_in_backward(module: nn.Module) -> nn.Module:
 
 
 def _recomputed(forward: Callable[..., Any], module: nn.Module, *inputs: torch.Tensor) -> Any:
-    if module.training and torch.is_grad_enabled():
+    if not module.training or not torch.is_grad_enabled():
+        return forward(module, *inputs)
+    if torch.compiler.is_compiling():
         return checkpoint(forward, module, *inputs, use_reentrant=False)
-    return forward(module, *inputs)
+    return checkpoint(partial(_counted_once, forward, module), *inputs, use_reentrant=False)
+
+
+def _counted_once(forward: Callable[..., Any], module: nn.Module, *inputs: torch.Tensor) -> Any:
+    if torch._C._current_graph_task_id() == -1:  # the first pass; the second one is within a backward pass
+        return forward(module, *inputs)
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm, norm.momentum, b, b.clone()) for norm in norms if (b := norm.num_batches_tracked) is not None]
+    for norm, *_ in before:
+        norm.momentum = 0.0
+    try:
+        return forward(module, *inputs)
+    finally:  # checkpoint leaves the second pass by an exception as soon as it has what it needs
+        for norm, momentum, batches, count in before:
+            norm.momentum = momentum
+            batches.copy_(count)

@@ -26,6 +26,7 @@ from medseg3d.layers.convolution import (
     norm_layer,
     per_axis,
 )
+from medseg3d.layers.transformer import recompute_in_backward
 
 RONNEBERGER_CHANNELS = (64, 128, 256, 512, 1024)
 CICEK_CHANNELS = ((32, 64), (64, 128), (128, 256), (256, 512))
@@ -47,6 +48,8 @@ class UNet(nn.Module):
         halve_upconv: the up-convolution gives the width of the level above (Ronneberger) or keeps its own (Cicek).
         upconv_bias: whether up-convolutions have a bias.
         dropout: probability of dropping a channel at the end of the contracting path (Ronneberger, section 3.1).
+        use_checkpoint: in training, compute what is inside of a pair of convolutions again in the backward pass instead
+            of keeping it.
 
     Raises:
         ValueError: on arguments that do not fit together, and in ``forward`` on a size that the network cannot take.
@@ -66,6 +69,7 @@ class UNet(nn.Module):
         halve_upconv: bool = False,
         upconv_bias: bool = False,
         dropout: float = 0.0,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.spatial_dims = check_spatial_dims(spatial_dims)
@@ -105,6 +109,9 @@ class UNet(nn.Module):
             self.decoder.append(conv_pair(raised + skip, (skip, skip)))
             inputs = skip
         self.head = CONV[spatial_dims](inputs, out_channels, 1)
+        if use_checkpoint:
+            for convs in [*self.encoder, *self.decoder]:
+                recompute_in_backward(convs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, *spatial) of ``x_BC...``; with ``padding="valid"`` smaller than the input."""

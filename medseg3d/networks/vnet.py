@@ -287,8 +287,7 @@ class OutStage(nn.Module):
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm of 2D and 3D that, in eval and where no gradient is asked, writes over its input.
 
-    That is the output of a convolution here, which nothing else needs; fresh memory costs more time than the norm. A
-    pass that is computed again for the gradient leaves the running statistics alone: they have seen that batch.
+    That is the output of a convolution here, which nothing else needs; fresh memory costs more time than the norm.
     """
 
     if TYPE_CHECKING:  # TorchScript would read annotations
@@ -298,17 +297,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        momentum = self.momentum
-        if not torch.jit.is_scripting() and is_plain_eager():
-            if not self.training and not torch.is_grad_enabled() and x.device.type == "cpu":
-                return self._overwrite(x)
-            if torch._C._current_graph_task_id() != -1:  # within a backward pass
-                momentum = 0.0
-        if self.training and momentum > 0:
+        if not torch.jit.is_scripting() and is_plain_eager() and self._may_overwrite(x):
+            return self._overwrite(x)
+        if self.training:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
+
+    def _may_overwrite(self, x: torch.Tensor) -> bool:
+        return not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
 
     def _overwrite(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias, mean, variance = (

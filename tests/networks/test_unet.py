@@ -157,3 +157,23 @@ def test_dropout_acts_in_training_only():
 def test_arguments_that_do_not_fit_together(arguments, message):
     with pytest.raises(ValueError, match=message):
         on_meta(UNet, **arguments)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_checkpointing_changes_no_gradient_and_counts_a_batch_once(norm):
+    arguments = {"spatial_dims": 2, "channels": (4, 8), "norm": (norm, {"num_groups": 2} if norm == "group" else {})}
+    torch.manual_seed(0)
+    plain, saving = UNet(**arguments).train(), UNet(**arguments, use_checkpoint=True).train()
+    saving.load_state_dict(plain.state_dict())
+    calls = []
+    saving.decoder[0][0].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 1, 16, 16)
+    for network in (plain, saving):
+        network(x).square().mean().backward()
+    assert len(calls) == 2  # once more in the backward pass
+    for (name, ours), theirs in zip(saving.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for (name, ours), theirs in zip(saving.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    with torch.no_grad():
+        assert torch.equal(saving.eval()(x), plain.eval()(x)) and len(calls) == 3

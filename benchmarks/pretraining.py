@@ -43,7 +43,7 @@ PRETRAINED = resource_folder("bundles") / "ct_swin_ssl"
 TRAIN = resource_folder("bundles") / "headneck_ct_unet" / "configs" / "train.json"
 STARTS = ("random", "pre-trained")
 NORM = 12.0  # the gradient's L2 norm is clipped to this
-ORGAN_WEIGHT = 10.0  # as in train.json: a short training would else find nothing but background
+ORGAN_SHARE = 0.02  # as in train.json: a short training would else find nothing but background
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.rate, arguments.steps + 1, pct_start=0.1, cycle_momentum=False
     )
-    loss_function = PartialDiceCELoss(organ_weight=ORGAN_WEIGHT)
+    loss_function = PartialDiceCELoss(organ_share=ORGAN_SHARE)
     losses = []
     network.train()
     for step, window in enumerate(windows(dataset, size, arguments.steps, arguments.seed)):

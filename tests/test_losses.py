@@ -118,15 +118,15 @@ def test_annotated_may_be_zeros_and_ones():
         assert loss(logits, labels, booleans.to(dtype)) == loss(logits, labels, booleans)
 
 
-def partial_dice_ce(logits, labels, annotated, weight, smooth, organ_weight):
+def partial_dice_ce(logits, labels, annotated, weight, smooth, organ_share):
     """The loss as its docstring tells it, one step after another, for autograd."""
     classes = logits.shape[1]
     p, y = logits.softmax(dim=1).flatten(2), torch.nn.functional.one_hot(labels.flatten(1), classes).movedim(-1, 1)
     missing = ~annotated[..., None]
     p = torch.cat([p[:, :1] + (p * missing).sum(1, keepdim=True), (p * ~missing)[:, 1:]], dim=1)
-    weights = torch.where(labels.flatten(1) > 0, organ_weight, 1.0)
-    cross_entropy = -(weights * (p * y).sum(1).log()).mean()
     overlap, total, size = ((p * y).sum((0, 2)), (p + y).sum((0, 2)), y.sum((0, 2)))
+    each = [1.0] + [min(max(organ_share * labels.numel() / max(int(k), 1), 1.0), 50.0) for k in size[1:]]
+    cross_entropy = -(torch.tensor(each)[labels.flatten(1)] * (p * y).sum(1).log()).mean()
     dice = (2 * overlap + smooth) / (total + smooth)
     present = [k for k in range(1, classes) if size[k] > 0]
     return cross_entropy + weight * (1 - dice[present]).mean() if present else cross_entropy
@@ -134,7 +134,7 @@ def partial_dice_ce(logits, labels, annotated, weight, smooth, organ_weight):
 
 @pytest.mark.parametrize("absent", [(), (2,), (1, 2, 3)])
 @pytest.mark.parametrize("unknown", [(), (1,), (1, 3)])
-@pytest.mark.parametrize("settings", [(1.0, 1e-5, 1.0), (0.4, 2.0, 7.0)])
+@pytest.mark.parametrize("settings", [(1.0, 1e-5, 0.0), (0.4, 2.0, 0.4), (0.4, 2.0, 1.0)])
 def test_value_and_gradient_are_those_of_the_formula(absent, unknown, settings):
     logits, labels = case(batch=3)
     annotated = torch.ones(3, 4, dtype=torch.bool)
@@ -150,6 +150,24 @@ def test_value_and_gradient_are_those_of_the_formula(absent, unknown, settings):
     got.backward()
     expected.backward()
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_small_organs_weigh_as_much_as_large_ones_up_to_a_limit():
+    """The gradient at each organ's own voxels, summed, for a network that answers background."""
+    labels = torch.zeros(1, 1, 100, 100, dtype=torch.long)
+    labels[..., :40], labels[..., 50, 50:90], labels[..., 60, 60] = 1, 2, 3  # 4000, 40 and 1 voxels
+    logits = torch.zeros(1, 4, 100, 100)
+    logits[:, 0] = 20
+    logits.requires_grad_()
+    PartialDiceCELoss(dice_weight=0.0, organ_share=0.02)(logits, labels).backward()
+    pull = [-logits.grad[0, organ][labels[0, 0] == organ].sum().item() for organ in (1, 2, 3)]
+    assert pull == pytest.approx([0.4, 0.02, 50 / 10_000], rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [-0.01, 1.1])
+def test_a_share_is_between_nothing_and_all(share):
+    with pytest.raises(ValueError, match=f"0 to 1, got {share}"):
+        PartialDiceCELoss(organ_share=share)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])

@@ -97,3 +97,15 @@ def test_it_trains(bundle, phantoms, tmp_path):
     best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
     assert all(torch.isfinite(value.float()).all() for value in best.values())
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["iteration"] == 2
+
+
+def test_swin_unetr_starts_from_a_pre_trained_encoder(phantoms, tmp_path):
+    file = find_bundle("ct_swin_ssl").path / "models" / "model.pt"
+    settings = {"epochs": 1, "iterations_per_epoch": 1, "val_interval": 1, "learning_rate": 0.0, "encoder": str(file)}
+    bundle = find_bundle("headneck_ct_swin_unetr")
+    run(bundle, "train", output_dir=str(tmp_path), **phantoms.overrides, **settings)
+    started = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["model"]
+    pretrained = torch.load(file, weights_only=True)
+    encoder = [name for name in started if name.startswith("swinViT.") and name in pretrained]
+    assert len(encoder) > 100
+    assert all(torch.equal(started[name], pretrained[name]) for name in encoder)

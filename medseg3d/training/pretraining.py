@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from medseg3d.data.views import cut_out, turn_at_random
+from medseg3d.training.autocast import thin_maps_in_float32
 from medseg3d.training.iterations import _plain, _step
 
 
@@ -36,9 +37,10 @@ class PretrainingIteration:
         image = _plain(batch["image"], torch.device(engine.state.device))
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
-        losses = _losses(engine.network, engine.loss_function, image, self.share, self.dtype)
-        loss = torch.stack(list(losses.values())).sum()
-        _step(engine, loss, self.clip_norm)
+        with thin_maps_in_float32(engine.network):
+            losses = _losses(engine.network, engine.loss_function, image, self.share, self.dtype)
+            loss = torch.stack(list(losses.values())).sum()
+            _step(engine, loss, self.clip_norm)
         return _detached(loss, losses)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from medseg3d.networks import build
-from medseg3d.training import SegmentationIteration
+from medseg3d.training import PretrainingIteration, SegmentationIteration
 from medseg3d.training.autocast import thin_maps_in_float32
 
 
@@ -66,3 +66,21 @@ def test_a_step_of_training_is_protected():
         grads[dtype] = network.down_tr256.ops[1].conv_block.conv.weight.grad
     error = (grads[torch.bfloat16] - grads[torch.float32]).norm()
     assert error < 0.2 * grads[torch.float32].norm()
+
+
+def test_a_step_of_pretraining_is_protected_too():
+    weights = torch.randn(4, 16, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv3d(16, 16, 3, padding=1), nn.Conv3d(16, 16, 1))
+        engine = SimpleNamespace(
+            network=network,
+            optimizer=torch.optim.SGD(network.parameters(), 0.0),
+            loss_function=lambda output, turns, images: {"loss": (output.float() * weights).sum()},
+            state=SimpleNamespace(device="cpu", iteration=1),
+        )
+        PretrainingIteration(dtype=dtype)(engine, {"image": torch.randn(2, 16, 2, 2, 2)})
+        grads[dtype] = network[0].weight.grad
+    error = (grads[torch.bfloat16] - grads[torch.float32]).norm()
+    assert error < 0.02 * grads[torch.float32].norm()

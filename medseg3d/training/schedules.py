@@ -38,7 +38,7 @@ class WarmupCosine(LRScheduler):
         return [group["initial_lr"] * self._share() for group in self.optimizer.param_groups]
 
     def _share(self) -> float:
-        rising = round(self.warmup * self.total_iters)
+        rising = min(round(self.warmup * self.total_iters), self.total_iters - 1)  # the highest rate has a step too
         if self.last_epoch < rising:
             return (self.last_epoch + 1) / (rising + 1)
         progress = min((self.last_epoch - rising) / (self.total_iters - rising), 1.0)

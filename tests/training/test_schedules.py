@@ -23,6 +23,9 @@ def rates(total, warmup, steps=None, lower_at=None):
 
 def test_it_rises_and_falls():
     assert rates(8, 0) == pytest.approx([2, 1.9239, 1.7071, 1.3827, 1, 0.6173, 0.2929, 0.0761, 0], abs=1e-4)
+    assert rates(3, 0.9) == pytest.approx(
+        [2 / 3, 4 / 3, 2, 0]
+    )  # a warm-up of nearly all still ends at the highest rate
     assert rates(8, 0.5) == pytest.approx([0.4, 0.8, 1.2, 1.6, 2, 1.7071, 1, 0.2929, 0], abs=1e-4)
 
 

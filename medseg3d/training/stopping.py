@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ class StopEarly:
     ``save_dict`` of :class:`~medseg3d.training.ResumeFromLast`.
 
     Args:
-        evaluator: what the ``ValidationHandler`` runs; its key metric decides.
+        evaluator: what the ``ValidationHandler`` runs; its key metric decides, where it is not nan.
         patience: epochs without a better key metric after which the run ends; None never ends it.
         max_hours: an epoch that would end later than so many hours after the start is not begun; an earlier run that
             this one resumes does not count. None is no limit.
@@ -72,7 +73,7 @@ class StopEarly:
         if state.epoch != epoch or state.key_metric_name not in state.metrics:
             return
         score = float(state.metrics[state.key_metric_name])
-        if self.best is None or self.evaluator.metric_cmp_fn(score, self.best):
+        if not math.isnan(score) and (self.best is None or self.evaluator.metric_cmp_fn(score, self.best)):
             self.best, self.best_epoch = score, epoch
 
     def _without_gain(self, epoch: int) -> bool:

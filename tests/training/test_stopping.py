@@ -52,6 +52,12 @@ def test_patience_counts_from_the_best_epoch():
     assert epoch == 9 and (stop.best, stop.best_epoch) == (0.9, 6) and validated[-1] == 9
 
 
+def test_a_score_that_is_not_defined_is_none():
+    nan = float("nan")
+    epoch, _, stop = train([nan, nan, nan, 0.1, nan, 0.2, nan, nan, nan], patience=2)
+    assert (epoch, stop.best, stop.best_epoch) == (8, 0.2, 6)
+
+
 def test_what_was_not_validated_is_before_the_end():
     assert train([0.5] * 9, interval=2, patience=3)[:2] == (5, [2, 4, 5])
 

@@ -133,7 +133,7 @@ def write_datalist(dataset: Dataset, path: str | Path) -> Path:
         if entries or section == "training":
             document[section] = entries
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    return write_atomic(path, lambda temporary: _write_text(temporary, text))
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def with_patients(dataset: Dataset, pattern: str) -> Dataset:
@@ -351,7 +351,3 @@ def _written(file: Path, folder: str) -> str:
 
 def _literal(text: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", text)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

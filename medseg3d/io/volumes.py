@@ -122,7 +122,7 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
     _write(volume.with_array(array.astype(dtype, copy=False)), path, "medseg3d label map", table)
     text = sidecar_text(table, path, volume.header.get("path"))
     try:
-        write_atomic(sidecar_path(path), lambda file: _write_text(file, text))
+        write_atomic(sidecar_path(path), lambda file: file.write_text(text, encoding="utf-8"))
     except OSError:
         path.unlink()
         raise
@@ -214,10 +214,6 @@ def _reread(written: Path, total: Any, volume: Volume) -> tuple[Geometry, np.dty
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _in_memory(array: np.ndarray, affine: Any, name: str) -> Volume:

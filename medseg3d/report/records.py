@@ -32,7 +32,7 @@ def require_same_grid(first: Geometry, second: Geometry, names: tuple[str, str])
 def write_json(path: str | Path, data: Any) -> Path:
     """Write `data` as JSON, atomically; None becomes null. ValueError if it holds NaN or infinity, unknown to JSON."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_atomic(path, lambda temporary: _write_text(temporary, text))
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Path:
@@ -46,7 +46,3 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Iter
                 writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
     return write_atomic(path, write)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

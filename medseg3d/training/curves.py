@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
+from medseg3d.io import write_atomic
 from medseg3d.report.curves import draw_curves
+from medseg3d.report.records import write_csv
 
 COLUMNS = ("epoch", "iteration", "learning_rate", "loss", "validation", "seconds", "samples_per_second")
 
@@ -77,23 +77,17 @@ class Curves:
         return validation_score(self.evaluator) if self.evaluator.state.epoch == epoch else None
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_text(row[name]) for name in COLUMNS] for row in self.rows)
-        _replace(self.folder / "curves.csv", table.getvalue().encode())
-        picture = io.BytesIO()
-        draw_curves(self.rows, str(self.evaluator.state.key_metric_name)).save(picture, "PNG")
-        _replace(self.folder / "curves.png", picture.getvalue())
+        write_csv(self.folder / "curves.csv", self.rows, COLUMNS)
+        picture = draw_curves(self.rows, str(self.evaluator.state.key_metric_name))
+        write_atomic(self.folder / "curves.png", lambda file: picture.save(file, "PNG"))
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``curves.csv``, numbers or None; no rows where there is no file."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def validation_score(evaluator: Evaluator) -> float | None:
@@ -107,12 +101,7 @@ def batch_size(batch: Any) -> int:
     return len(batch["image"]) if isinstance(batch, dict) else len(batch)
 
 
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the file and rename: a killed run leaves the previous one whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _number(text: str) -> float | None:
+    if not text:
+        return None
+    return int(text) if text.isdecimal() else float(text)

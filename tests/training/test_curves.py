@@ -56,6 +56,12 @@ def test_a_resumed_run_continues_the_table(tmp_path):
     assert Image.open(tmp_path / "curves.png").mode == "RGB"
 
 
+def test_steps_beyond_a_million_are_told_exactly(tmp_path):
+    train(tmp_path, 617_284, start=617_282)
+    train(tmp_path, 617_285, start=617_284)
+    assert [row["iteration"] for row in read_curves(tmp_path / "curves.csv")] == [1_234_566, 1_234_568, 1_234_570]
+
+
 def test_the_progress_line(tmp_path, capsys):
     train(tmp_path, 4, extra=[lambda evaluator: Progress(evaluator, every=1, mininterval=0, disable=False)])
     line = capsys.readouterr().err.split("\r")[-1]

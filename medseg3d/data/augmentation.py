@@ -51,7 +51,7 @@ class RandAffineCropd(MapTransform, Randomizable):
         translate: Sequence[float] | float = 0.0,
     ) -> None:
         super().__init__(keys)
-        self.label_keys = set(ensure_tuple(label_keys))
+        self.label_keys = ensure_tuple(label_keys)
         self.size = tuple(int(voxels) for voxels in spatial_size)
         axes = len(self.size)
         self.ratios = np.asarray(ratios, float)
@@ -101,6 +101,7 @@ def sampling_grid(
         matrix: (axes, axes), voxel coordinates in array order.
         center: (axes,), where the window's middle lies in the array.
         size: voxels of the window.
+        device: where the grid is made, that of the array.
 
     Returns:
         (1, *size, axes) float32.

@@ -70,7 +70,9 @@ class RandColoursd(RandomizableTransform, MapTransform):
             image = torch.as_tensor(result[key])
             if len(image) != 3:
                 raise ValueError(f"a picture must have three channels, red, green and blue; got {tuple(image.shape)}")
-            matrix, offset = (torch.as_tensor(part, dtype=image.dtype) for part in (self.matrix, self.offset))
+            matrix, offset = (
+                torch.as_tensor(part, dtype=image.dtype, device=image.device) for part in (self.matrix, self.offset)
+            )
             result[key] = torch.tensordot(matrix, image, dims=1) + offset[:, None, None]
         return result
 

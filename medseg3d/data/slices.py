@@ -55,7 +55,7 @@ class RandSliced(MapTransform, Randomizable):
         if not axes or not all(axis in (0, 1, 2) for axis in axes):
             raise ValueError(f"axes must be one or more of 0, 1 and 2, got {axes}")
         self.size = tuple(size)
-        self.label_keys = set(ensure_tuple(label_keys))
+        self.label_keys = ensure_tuple(label_keys)
         self.axes = tuple(axes)
         self.neighbours = neighbours
         self.fill = fill
@@ -85,10 +85,12 @@ class RandSliced(MapTransform, Randomizable):
 
     def _window(self, volume: torch.Tensor, axis: int, centre: Sequence[int], labels: bool) -> torch.Tensor:
         reach = 0 if labels else self.neighbours
-        wanted = torch.arange(centre[axis] - reach, centre[axis] + reach + 1).clamp(0, volume.shape[1 + axis] - 1)
-        stack = volume.index_select(1 + axis, wanted).movedim(1 + axis, 0).flatten(0, 1)
+        wanted = torch.arange(centre[axis] - reach, centre[axis] + reach + 1, device=volume.device)
+        stack = volume.index_select(1 + axis, wanted.clamp(0, volume.shape[1 + axis] - 1))
+        stack = stack.movedim(1 + axis, 0).flatten(0, 1)
         middle = [centre[other] for other in range(3) if other != axis]
-        window = torch.full((len(stack), *self.size), 0 if labels else self.fill, dtype=stack.dtype)
+        fill = 0 if labels else self.fill
+        window = torch.full((len(stack), *self.size), fill, dtype=stack.dtype, device=stack.device)
         source, target = [slice(None)], [slice(None)]
         for at, length, size in zip(middle, stack.shape[1:], self.size, strict=True):
             start = _start(at, length, size)

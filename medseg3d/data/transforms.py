@@ -130,7 +130,7 @@ class ToModelGridd(MapTransform, InvertibleTransform):
         shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.label_keys = set(ensure_tuple(label_keys))
+        self.label_keys = ensure_tuple(label_keys)
         self.grid = ModelGrid(orientation, spacing, crop_above, crop_margin, shape)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -245,7 +245,7 @@ class RandMirrorLateralityd(MapTransform, Randomizable):
         prob: float = 0.5,
     ) -> None:
         super().__init__(keys)
-        self.label_keys = set(ensure_tuple(label_keys))
+        self.label_keys = ensure_tuple(label_keys)
         self.pairs = [tuple(pair) for pair in pairs]
         self.annotated_key = annotated_key
         self.prob = prob
@@ -294,7 +294,7 @@ class RandFieldOfViewd(MapTransform, Randomizable):
         prob: float = 0.2,
     ) -> None:
         super().__init__(keys)
-        self.label_keys = set(ensure_tuple(label_keys))
+        self.label_keys = ensure_tuple(label_keys)
         self.fill = fill
         self.min_share = min_share
         self.prob = prob

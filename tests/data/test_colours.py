@@ -30,6 +30,10 @@ def test_each_change_of_colours_is_what_it_says():
     assert torch.equal(image, before) and grey.dtype == torch.float32
 
 
+def test_colours_change_where_the_picture_lies():
+    assert colours(torch.rand(3, 4, 4, device="meta"), invert=1.0, tint=1.0).is_meta
+
+
 def test_tints_give_a_grey_picture_colours_and_each_channel_its_range():
     ramp = torch.linspace(0, 1, 12).expand(3, 4, 12)
     spans = []

@@ -79,6 +79,13 @@ def test_a_class_that_is_not_there_is_not_drawn():
     assert result["image"].shape == (1, 6, 7)
 
 
+def test_windows_are_cut_where_the_volume_lies():
+    data = case()
+    there = {**data, "image": data["image"].to("meta"), "label": data["label"].to("meta")}
+    result = drawn(there, size=(20, 5), neighbours=1)
+    assert result["image"].is_meta and result["label"].is_meta
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,6 +21,7 @@ from monai.transforms import Compose, Transform
 from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import Dataset
 
+from medseg3d.io import write_atomic
 from medseg3d.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,8 @@ class _Room:
 
     def takes(self, item: Mapping[Hashable, Any]) -> bool:
         needed: Counter[torch.device] = Counter()
-        for tensor in _tensors(item):
-            needed[tensor.device] += tensor.nbytes
+        for device, size in _sizes(item):
+            needed[device] += size
         for device in needed:
             self.left.setdefault(device, self.share * free_memory(device))
         if any(self.left[device] < size for device, size in needed.items()):
@@ -153,22 +154,22 @@ def _fixed_transforms(transform: Compose) -> int:
 
 
 def _states(case: Mapping[Hashable, Any]) -> list[tuple[int, int]]:
-    """Size and time of the last change of each file that a case names."""
+    """Size and time of the last change of each file that a case names, be it by its folder."""
     named = [part for value in case.values() for part in (value if isinstance(value, (list, tuple)) else [value])]
-    files = [Path(part) for part in named if isinstance(part, (str, Path)) and os.path.isfile(part)]
+    paths = [Path(part) for part in named if isinstance(part, (str, Path)) and os.path.exists(part)]
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _sizes(value: Any) -> Iterator[tuple[torch.device, int]]:
+    """Device and bytes of each tensor and array, of whatever type."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, torch.Tensor):
-        yield value
-    elif hasattr(value, "__array__"):
-        yield torch.as_tensor(value)
+            yield from _sizes(part)
+    elif hasattr(value, "nbytes"):
+        yield torch.device(getattr(value, "device", "cpu")), value.nbytes
 
 
 def _compact(value: Any) -> Any:
@@ -191,12 +192,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _write(item: Mapping[Hashable, Any], file: Path) -> None:
-    """All of it or nothing; a disk that is full costs time later and stops no training."""
-    part = file.with_suffix(f".{os.getpid()}.part")
+    """A disk that is full costs time later and stops no training."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(item, part)
-        part.replace(file)
+        write_atomic(file, lambda temporary: torch.save(item, temporary))
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        logger.warning(f"a prepared case was not kept in {file.parent}: {error}")
+        logger.warning(f"a prepared case was not kept: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -12,6 +13,7 @@ from monai.transforms import Compose, Lambdad, MapTransform, RandShiftIntensityd
 
 from medseg3d.data import cache
 from medseg3d.data.cache import CachedCases
+from medseg3d.data.transforms import ToModelGridd
 
 LOGGER = "medseg3d.data.cache"
 prepared = []  # the files that `Read` read, in the order in which it did
@@ -113,6 +115,33 @@ def test_a_file_that_was_cut_short_is_written_again(cases, tmp_path):
     assert sorted((tmp_path / "cache").iterdir()) == files
 
 
+def test_a_case_that_is_listed_twice_is_written_whole(cases, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        dataset = CachedCases(cases[:1] * 8, only(Read("image", size=300_000)), tmp_path / "cache", threads=4)
+    assert values(dataset) == [[0]] * 8 and caplog.text == ""
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_file_within_a_folder_that_a_case_names_may_change_too(cases, tmp_path):
+    series = tmp_path / "series"
+    series.mkdir()
+    (series / "1.dcm").write_text("a slice")
+    cases = [{**cases[0], "series": series}]
+    CachedCases(cases, only(Read("image"), Lambdad("series", str, track_meta=False)), tmp_path / "cache")
+    (series / "2.dcm").write_text("another one")
+    prepared.clear()
+    CachedCases(cases, only(Read("image"), Lambdad("series", str, track_meta=False)), tmp_path / "cache")
+    assert prepared == ["case0.txt"]
+
+
+def test_arrays_of_any_type_are_kept(cases, monkeypatch):
+    monkeypatch.setattr(cache, "free_memory", lambda device: 1000)
+    cases = [{**case, "description": np.array(b"as a header has it")} for case in cases]
+    dataset = CachedCases(cases, only(Read("image")), memory=0.9)
+    assert dataset[0]["description"] == b"as a header has it"
+    assert list(dataset._kept) == [0, 1]  # of 400 bytes and 18
+
+
 def test_tensors_with_a_history_stay_in_memory_alone(cases, tmp_path):
     dataset = CachedCases(cases, only(Read("image", meta=True)), tmp_path / "cache")
     assert isinstance(dataset[0]["image"], MetaTensor) and len(prepared) == 4
@@ -145,6 +174,12 @@ def _first_ten(image):
     return image[:, :10]
 
 
+def test_settings_of_transforms_keep_their_order_from_run_to_run():
+    """A set of words has another order in each process, and the files of the cache would have other names."""
+    both = ToModelGridd(["image", "label", "weights"], ["label", "weights"])
+    assert not any(isinstance(setting, set) for setting in vars(both).values())
+
+
 def test_transforms_that_cannot_be_told_apart_are_not_kept_on_disk(cases, tmp_path, caplog):
     twice = Lambdad("image", lambda image: image * 2)
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -162,7 +197,7 @@ def test_a_full_disk_stops_no_training(cases, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, LOGGER):
         dataset = CachedCases(cases, only(Read("image")), tmp_path / "cache")
     assert values(dataset) == [[0], [1], [2], [3]]
-    assert "No space left" in caplog.text and list((tmp_path / "cache").iterdir()) == []
+    assert "no space left" in caplog.text and list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])

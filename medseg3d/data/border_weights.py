@@ -71,7 +71,7 @@ def part_touching(objects: np.ndarray) -> np.ndarray:
     """
     full = np.ones((3,) * objects.ndim, bool)
     most = ndimage.maximum_filter(objects, footprint=full)
-    hidden = np.where(objects == 0, objects.max(initial=0) + 1, objects)
+    hidden = np.where(objects == 0, np.iinfo(objects.dtype).max, objects)
     least = ndimage.minimum_filter(hidden, footprint=full)
     return np.where(most != least, 0, objects) * (objects != 0)
 

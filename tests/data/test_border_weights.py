@@ -61,6 +61,12 @@ def test_touching_objects_are_parted_and_others_keep_their_voxels():
     assert not part_touching(np.zeros((3, 3), int)).any()
 
 
+def test_an_object_may_have_the_highest_number_of_its_type():
+    objects = np.zeros((5, 5), np.uint8)
+    objects[1:4, 1:4] = 255
+    np.testing.assert_array_equal(part_touching(objects), objects)
+
+
 def test_the_transform_gives_classes_and_both_terms():
     objects = np.zeros((1, 8, 8), np.uint16)
     objects[0, 2:6, 1:4], objects[0, 2:6, 4:7] = 1, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from importlib.util import find_spec
 
 import nibabel as nib
@@ -43,6 +44,20 @@ def test_evaluate_takes_names_from_elsewhere(run, tmp_path, bundles):
     assert (code, out) == (2, []) and "--labels names.json or -m MODEL" in err[0]
     assert any(line.startswith("femur") for line in run("evaluate", *pair, "--labels", tmp_path / "names.json")[1])
     assert any(line.startswith("bone") for line in run("evaluate", *pair, "-m", bundles.threshold)[1])
+
+
+def test_evaluate_counts_what_a_manifest_says_was_contoured(run, tmp_path):
+    """Nothing in the first case; in the second, of which it says nothing, all."""
+    cases = [{"patient": name, "split": "test", "image": f"ct/{name}.nii.gz"} for name in ("a", "b")]
+    cases[0]["contoured"] = []
+    manifest = {"name": "small", "labels": {"0": "background", "1": "bone"}, "source": {}, "cases": cases}
+    (tmp_path / "small.json").write_text(json.dumps(manifest))
+    for name in ("a", "b"):
+        references(tmp_path / "truth", name)
+    files = ("-p", tmp_path / "truth", "-r", tmp_path / "truth", "-o", tmp_path / "scores.csv")
+    assert run("evaluate", *files, "--manifest", tmp_path / "small.json")[0] == 0
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        assert [row["dice"] for row in csv.DictReader(file)] == ["", "1"]
 
 
 @pytest.mark.parametrize(

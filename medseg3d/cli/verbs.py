@@ -36,7 +36,7 @@ def evaluate(args: argparse.Namespace) -> int:
         from medseg3d.data.manifest import load_manifest, manifest_cases
 
         cases = manifest_cases(load_manifest(args.manifest))
-        annotated = {Path(case["image"]).name: case["contoured"] for case in cases}
+        annotated = {Path(case["image"]).name: case["contoured"] for case in cases if "contoured" in case}
     result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
     for path, reason in result.unpaired:
         say(f"left out {path}: {reason}")

@@ -74,7 +74,7 @@ def manifest_dataset(manifest: str | Path | Mapping[str, Any], dataset_dir: str 
             patient=case["patient"],
             split=case["split"],
             fold=case.get("fold"),
-            annotated=tuple(case.get("contoured", ())),
+            annotated=tuple(case["contoured"]) if "contoured" in case else None,
         )
         for case in manifest_cases(loaded)
     )
@@ -148,19 +148,6 @@ def datalist(
     if not cases:
         raise ValueError(_empty(dataset, split))
     return cases
-
-
-def verify_files(manifest: str | Path | Mapping[str, Any], dataset_dir: str | Path) -> list[str]:
-    """Problems of the files in ``dataset_dir`` against the manifest's sha256; empty when all is well."""
-    loaded = manifest if isinstance(manifest, Mapping) else load_manifest(manifest)
-    problems = []
-    for file, wanted in checksums(loaded).items():
-        path = Path(dataset_dir) / file
-        if not path.is_file():
-            problems.append(f"{file}: missing")
-        elif file_sha256(path) != wanted:
-            problems.append(f"{file}: its sha256 differs from the manifest's")
-    return problems
 
 
 def checksums(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -149,6 +149,14 @@ def test_a_patient_in_two_splits_or_folds(case):
     assert grade == "fault" and "train, fold 0 (a); train, fold 1 (b)" in text
 
 
+def test_a_scan_without_a_label_leaks_nothing(case):
+    """It gets no fold, and is not trained on."""
+    a, b = case("a", patient="p", fold=0), replace(case("b", patient="p"), label=None)
+    assert findings(a, b) == [("b", "doubt", "has no label: it is not trained on")]
+    ((_, grade, text),) = findings(a, replace(b, split="test"))
+    assert grade == "fault" and "test (b); train, fold 0 (a)" in text
+
+
 def test_the_same_image_twice(case):
     a, b = case("a", ct=image()), case("b", ct=image())
     assert findings(a, b) == [("", "doubt", "a, b have the same image")]  # other files, the same bytes

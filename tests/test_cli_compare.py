@@ -59,6 +59,14 @@ def test_strategies_splits_and_limits(compare, tmp_path):
     assert ",three," not in (tmp_path / "out" / "metrics.csv").read_text()
 
 
+def test_trust_is_asked_for_once_a_bundle(run, bundles, data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("medseg3d.cli.comparing.asked_to_trust", lambda bundle: asked.append(bundle.name))
+    strategies = ("--strategy", "sub-volumes", "downsampled")
+    code, _, err = run("compare", "-m", bundles.threshold, *strategies, "--data", data, "-o", tmp_path / "out")
+    assert (code, asked) == (1, ["bone_ct_threshold"]) and "--trust" in err[-1]
+
+
 def test_what_fails_is_told(compare, tmp_path):
     (tmp_path / "two.nii.gz").write_bytes(b"no scan")
     code, _, err = compare()

@@ -20,9 +20,9 @@ def compare(args: argparse.Namespace) -> int:
     from medseg3d.compare.tables import cost_table
 
     contenders = contenders_of(args.model or [DEFAULT_MODEL], args.strategy or ())
-    trusts = {contender.bundle.path: args.trust or asked_to_trust(contender.bundle) for contender in contenders}
-    for contender in contenders:
-        contender.bundle.require_trust(trusts[contender.bundle.path])
+    bundles = {contender.bundle.path: contender.bundle for contender in contenders}  # one in two strategies is one
+    for bundle in bundles.values():
+        bundle.require_trust(args.trust or asked_to_trust(bundle))
     dataset, cases = _cases(args)
     status = Status(args.quiet, len(cases))
     result = compare(

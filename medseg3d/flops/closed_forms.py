@@ -275,6 +275,7 @@ def swin_stages(
     Raises:
         ValueError: the size is not a multiple of the patch, or a number is less than 1.
     """
+    _positive(stages=(stages,))
     grid = PatchEmbedding(size, 1, patch, width).grid
     found = []
     for stage in range(stages):

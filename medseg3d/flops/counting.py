@@ -158,7 +158,7 @@ def count_operations(network: nn.Module, shape: Sequence[int]) -> Count:
             return _counted(on_meta(network), torch.empty(tuple(shape), device="meta"))
         except NotImplementedError:  # there is no answer without values
             inputs = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
-            return _counted(_copy(network).to("cpu"), inputs)
+            return _counted(copy.deepcopy(network).to("cpu"), inputs)
 
 
 def _counted(network: nn.Module, inputs: torch.Tensor) -> Count:
@@ -192,11 +192,7 @@ def on_meta(network: nn.Module) -> nn.Module:
     for tensor in chain(network.parameters(), network.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return _copy(network, memo)
-
-
-def _copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    return copy.deepcopy(network, memo if memo is not None else {})
+    return copy.deepcopy(network, memo)
 
 
 class Watch(TorchDispatchMode):
@@ -211,7 +207,10 @@ class Watch(TorchDispatchMode):
         self._path = [""]
         for path, module in network.named_modules():
             module.register_forward_pre_hook(lambda *_, path=path: self._path.append(path))
-            module.register_forward_hook(lambda *_: self._path.pop() and None)
+            module.register_forward_hook(self._leave)
+
+    def _leave(self, *_: Any) -> None:  # what a hook returns would stand in for the module's output
+        self._path.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

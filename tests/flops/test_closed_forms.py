@@ -128,6 +128,7 @@ def test_figures_are_all_numbers_by_name():
         (lambda: Attention((), 4), "tokens must be 1 or more, got none"),
         (lambda: PatchEmbedding((96, 90), 1, 16, 768), r"multiples of the patch 16, got \(96, 90\); next: \(96, 96\)"),
         (lambda: swin_stages((95, 96, 96)), "multiples of the patch 2"),
+        (lambda: swin_stages((96, 96, 96), stages=0), "stages must be 1 or more, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from medseg3d.flops import Attention, Convolution, count_operations, swin_stages
+from medseg3d.flops.counting import Watch
 from medseg3d.flops.counting import on_meta as without_values
 from medseg3d.layers.deformable import DeformConv2d
 from medseg3d.networks import FCN, NETWORKS, UNETR, MaskRCNN, SwinUNETR, UNet, VNet, cicek_unet
@@ -54,6 +55,15 @@ def test_golden_networks(name, shared):
     if case["class"] in OWN:
         own = count_operations(on_meta(OWN[case["class"]], **case["kwargs"]), case["input"])
         assert (own.flops, own.macs, own.parameters) == (case["flops"], case["flops"] // 2, case["params"])
+
+
+def test_whoever_watches_sees_and_changes_nothing():
+    network = nn.Sequential(nn.Linear(3, 2))
+    inputs = torch.rand(1, 3)
+    expected = network(inputs)
+    with Watch(network) as watch:
+        assert torch.equal(network(inputs), expected)
+    assert [(one.module, one.macs) for one in watch.operations] == [("0", 6)]
 
 
 def test_u_net_by_hand():

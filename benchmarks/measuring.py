@@ -1,4 +1,4 @@
-"""How the network benchmark measures: runs in turns, peak memory in a process of its own, operations, the machine."""
+"""How the benchmarks measure: runs in turns, peak memory in a process of its own, operations, the machine."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import WeightedRandomSampler
 
+from medseg3d.data.colours import even_weights
 from medseg3d.data.manifest import datalist
 from medseg3d.data.pictures import UNKNOWN, LoadPictured, PanopticTargetsd, StretchContrastd
 from medseg3d.data.results import as_result
@@ -107,8 +107,7 @@ def batches(folder: Path, crop: int, images: int, steps: int, maps_only: bool) -
     data = datalist("dsb2018_nuclei", folder, "train")
     dataset = CacheDataset(data, mt.Compose([*loading(), *random, *last]), progress=False)
     stained = [int(bool((case["image"][0] != case["image"][1]).any())) for case in dataset._cache]
-    weights = [1 / Counter(stained)[kind] for kind in stained]
-    sampler = WeightedRandomSampler(weights, images * steps)
+    sampler = WeightedRandomSampler(even_weights(stained), images * steps)
     collate = list_data_collate if maps_only else list
     return DataLoader(dataset, batch_size=images, sampler=sampler, collate_fn=collate)
 

@@ -3,8 +3,8 @@
     python benchmarks/plan.py SCAN ... [--model BUNDLE ...] [--options=--mirror ...] [--clock cpu|wall]
 
 Each plan and each run is a process of its own. Both count from the scan's file to that of its labels; neither counts
-the start of Python and the loading of the model. With one thread the processor's clock tells
-on a busy machine what a clock on the wall tells on an idle one, but for what waits for a disk.
+the start of Python and the loading of the model. With one thread the processor's clock tells on a busy machine what a
+clock on the wall tells on an idle one, but for what waits for a disk.
 """
 
 from __future__ import annotations

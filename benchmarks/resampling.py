@@ -18,7 +18,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from measuring import Run, describe_machine, in_child, median_ratio, peak_memory, restart_with
+from measuring import Run, describe_machine, in_child, median_ratio, peak_memory, restart_with, take_turns
 from monai.data import MetaTensor
 from monai.transforms import Spacing
 from scipy import ndimage
@@ -189,12 +189,7 @@ def measure(case: str, rounds: int, scale: float) -> None:
     ours = results.pop(own)
     print(f"\n## {title}\n\nOutputs compared: {agreement(case, ours, results)}.")
     del ours, results
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
+    seconds = take_turns(runs, rounds, CPU, clock=time.process_time)
     print("\n| | CPU s | x ours | peak MiB added |\n|---|---|---|---|", flush=True)
     del runs
     for name, values in seconds.items():

@@ -174,9 +174,9 @@ change(
 # %% [markdown]
 # ## Train, stop, go on
 #
-# Fold 0 validates, the others are trained on. After each epoch the weights, the optimiser, the learning rate's schedule
-# and the random states are saved. Whatever ends a run (Ctrl-C, a crash, `kill -9`, or here a limit of time that one
-# epoch exceeds), the same line again goes on behind the last whole epoch.
+# Fold 0 validates, the others are trained on. After each epoch the weights, the optimiser and the learning rate's
+# schedule are saved; random numbers follow from the seed and the epoch. Whatever ends a run (Ctrl-C, a crash,
+# `kill -9`, or here a limit of time that one epoch exceeds), the same line again goes on behind the last whole epoch.
 #
 # `--trust` says that you trust a bundle that does not ship with medseg3d: its configs run as code.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from statistics import median
 
-from medseg3d.compare.result import Comparison
+from medseg3d.compare.result import Comparison, spaced
 from medseg3d.compare.summary import MEAN, MEASURES, Summary
 from medseg3d.report.svg import Axis, Chart, pareto_front
 
@@ -46,7 +46,7 @@ def organ_plot(comparison: Comparison, summary: Summary, measure: str) -> str | 
         return None
     step = _ROW * len(names) + _BETWEEN
     height = step * len(organs)
-    marks = tuple(((len(organs) - n - 0.5) * step, _spaced(organ) or "mean") for n, organ in enumerate(organs))
+    marks = tuple(((len(organs) - n - 0.5) * step, spaced(organ) or "mean") for n, organ in enumerate(organs))
     heading = " ".join(filter(None, (MEASURES[measure].heading, MEASURES[measure].unit)))
     x = Axis.around(heading, [v for one in known for v in (one.low, one.high) if isfinite(v)], within=_limits(measure))
     left = 24 + int(6.6 * max(len(text) for _, text in marks))
@@ -59,7 +59,7 @@ def organ_plot(comparison: Comparison, summary: Summary, measure: str) -> str | 
                 if isfinite(one.low):
                     chart.bar((one.low, y), (one.high, y), n)
                 chart.point(
-                    one.mean, y, n, f"{comparison.short[name]}, {_spaced(organ) or 'mean'}: {one.mean:.3g}", size=4.5
+                    one.mean, y, n, f"{comparison.short[name]}, {spaced(organ) or 'mean'}: {one.mean:.3g}", size=4.5
                 )
     return chart.svg()
 
@@ -79,13 +79,13 @@ def size_plot(comparison: Comparison) -> str | None:
         name = comparison.short[model.name]
         own = [row for row in rows if row["model"] == model.name]
         for row in own:
-            tip = f"{name}, {row['case']}, {_spaced(row['name'])}: {row['dice']:.3f}"
+            tip = f"{name}, {row['case']}, {spaced(row['name'])}: {row['dice']:.3f}"
             chart.point(row["reference_ml"], row["dice"], n, tip, size=2.5, faint=True)
     for n, model in enumerate(comparison.models):
         for organ, volume in middles.items():
             found = [r["dice"] for r in rows if (r["model"], r["name"]) == (model.name, organ)]
             if found:
-                tip = f"{comparison.short[model.name]}, {_spaced(organ)}: median {median(found):.3f}"
+                tip = f"{comparison.short[model.name]}, {spaced(organ)}: median {median(found):.3f}"
                 chart.point(volume, median(found), n, tip)
     return chart.svg()
 
@@ -99,7 +99,7 @@ def _name_organs(chart: Chart, middles: dict[str, float]) -> None:
         half = 3.5 * len(organ)
         line = next((n for n, end in enumerate(ends) if px - half > end), len(ends))
         ends[line:] = [px + half + 8, *ends[line + 1 :]]
-        notes.append((px, chart.inside[1] - 6 - 15 * line, _spaced(organ)))
+        notes.append((px, chart.inside[1] - 6 - 15 * line, spaced(organ)))
         chart.guide(volume, notes[-1][1] + 4)
     for note in notes:  # on top of all guides
         chart.note(*note)
@@ -115,7 +115,3 @@ def _stairs(front: list[tuple[float, float]], end: float) -> list[tuple[float, f
 
 def _limits(measure: str) -> tuple[float, float]:
     return (0, 1) if measure in ("dice", "nsd") else (0, float("inf"))
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")

@@ -110,11 +110,9 @@ class Bench:
 
 def machine(device: str) -> str:
     """One line on where models ran: processor, cores and threads, device, versions; no name of a host."""
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    facts = [_processor(), f"{threads} of {cores or os.cpu_count()} cores" if threads else ""]
-    if device != "cpu":
-        facts.append(device)
-    return ", ".join([*facts, f"{platform.system()}, torch {torch.__version__}, medseg3d {__version__}"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = [_processor(), f"{torch.get_num_threads()} of {cores} cores", *([] if device == "cpu" else [device])]
+    return ", ".join([*facts, platform.system(), f"torch {torch.__version__}", f"medseg3d {__version__}"])
 
 
 def _processor() -> str:

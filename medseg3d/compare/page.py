@@ -12,7 +12,7 @@ from PIL import Image
 
 from medseg3d.compare.figures import organ_plot, pareto_plot, size_plot
 from medseg3d.compare.pictures import Example, colors_of, examples
-from medseg3d.compare.result import Comparison
+from medseg3d.compare.result import Comparison, spaced
 from medseg3d.compare.style import CSS
 from medseg3d.compare.summary import Summary
 from medseg3d.compare.tables import Cell, Table, cost_table, facts, heading, organ_tables, pair_table
@@ -32,7 +32,7 @@ _COSTS |= {"peak_memory_mb": "peak memory, MB"}
 def write_page(comparison: Comparison, summary: Summary, path: Path) -> Path:
     """Write the page, atomically. The scans, references and segmentations of two cases are read for its pictures."""
     text = page(comparison, summary)
-    return write_atomic(path, lambda temporary: _write(temporary, text))
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def page(comparison: Comparison, summary: Summary) -> str:
@@ -115,9 +115,7 @@ def _examples(comparison: Comparison) -> Iterator[str]:
     if not found:
         return
     yield "<h2>Slices</h2>"
-    organs = [
-        _swatch(color, comparison.labels[number].replace("_", " ")) for number, color in colors_of(comparison).items()
-    ]
+    organs = [_swatch(color, spaced(comparison.labels[number])) for number, color in colors_of(comparison).items()]
     errors = [_swatch(MISSED, "missed"), _swatch(WRONG, "too much, or another organ")]
     yield f'<p class="legend">{"".join(organs)}</p><p class="legend">Errors: {"".join(errors)}</p>'
     for example in found:
@@ -152,7 +150,3 @@ def _data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -16,6 +16,11 @@ from medseg3d.data.datasets import Case
 Row = Mapping[str, Any]
 
 
+def spaced(name: str) -> str:
+    """An organ's name as it is read, not as it is stored."""
+    return name.replace("_", " ")
+
+
 @dataclass(frozen=True)
 class Model:
     """What tables say of a model.

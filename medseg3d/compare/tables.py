@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import floor, isfinite, log10
 from pathlib import Path
 
-from medseg3d.compare.result import Comparison, Model
+from medseg3d.compare.result import Comparison, Model, spaced
 from medseg3d.compare.summary import MEAN, MEASURES, Estimate, Pair, Summary
 from medseg3d.io import write_atomic
 from medseg3d.metrics.evaluate import COLUMNS
@@ -100,7 +100,7 @@ def organ_tables(comparison: Comparison, summary: Summary) -> list[Table]:
         rows = []
         for organ in (*comparison.organs, MEAN):
             cells = [_estimate_cell(comparison, summary, key, model, organ) for model in comparison.models]
-            rows.append((Cell("mean" if organ == MEAN else _spaced(organ)), *cells))
+            rows.append((Cell("mean" if organ == MEAN else spaced(organ)), *cells))
         columns = ("organ", *(comparison.short[model.name] for model in comparison.models))
         note = {
             "hd95_mm": "A missed organ has no distance: read this beside the number of those missed.",
@@ -144,7 +144,7 @@ def write_tables(comparison: Comparison, summary: Summary, folder: Path) -> list
     failures.unlink(missing_ok=True)
     rows = ("model", "case", "patient", *COLUMNS)
     written = [
-        write_atomic(folder / "comparison.md", lambda path: _write(path, text)),
+        write_atomic(folder / "comparison.md", lambda path: path.write_text(text, encoding="utf-8")),
         write_csv(folder / "metrics.csv", comparison.rows, rows),
         write_csv(folder / "costs.csv", comparison.costs, _CSV_COSTS),
         write_csv(folder / "summary.csv", _estimate_rows(comparison, summary), _ESTIMATE),
@@ -210,10 +210,6 @@ def _p(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.{4 if value < 0.01 else 3}f}"
 
 
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _markdown(cell: Cell) -> str:
     text = f"**{cell.text}**" if cell.best else cell.text
     mark = " =" if cell.alike else ""
@@ -237,7 +233,3 @@ def _pair_row(pair: Pair) -> dict[str, object]:
 
 def _known(value: float) -> float | None:
     return value if isfinite(value) else None
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -16,9 +16,9 @@ from medseg3d.training.checkpoint import unwrapped
 class AveragedWeights:
     """Handler that keeps an exponential moving average of a network's weights; validate and save ``network`` of it.
 
-    After step n the average takes ``1 - min(decay, n / (n + 9))`` of the new weights: it starts with the weights of the
-    first step and forgets a random beginning soon, so that one decay suits short and long runs. Buffers, such as
-    statistics of batch norm, are copied.
+    After n steps the next one's weights get the share ``1 - min(decay, n / (n + 9))``: the average starts with the
+    weights of the first step and forgets a random beginning soon, so that one decay suits short and long runs. Buffers,
+    such as statistics of batch norm, are copied.
 
     Args:
         network: what is trained, with or without ``DistributedDataParallel``; each process averages for itself, which

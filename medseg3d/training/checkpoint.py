@@ -95,4 +95,5 @@ class ResumeFromLast:
 
 
 def unwrapped(item: Any) -> Any:
+    """The network within ``DistributedDataParallel``; anything else itself."""
     return item.module if isinstance(item, DistributedDataParallel) else item

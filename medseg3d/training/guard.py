@@ -56,7 +56,7 @@ class Guarded:
     def _go_back(self, engine: Any, error: Diverged, good: Any) -> None:
         if self.failure:
             raise Diverged(f"{error}. The rate had been lowered before: {self.failure}") from error
-        self.failure = f"{error.event}"
+        self.failure = error.event
         rates = [group["lr"] * self.factor for group in engine.optimizer.param_groups]
         engine.network.load_state_dict(good["network"])
         engine.optimizer.load_state_dict(good["optimizer"])

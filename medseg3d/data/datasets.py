@@ -142,7 +142,7 @@ def with_patients(dataset: Dataset, pattern: str) -> Dataset:
     So r"^(BraTS-GLI-\\d+)-" makes one patient of BraTS-GLI-00005-000 and BraTS-GLI-00005-001.
 
     Raises:
-        ValueError: it is no regular expression, or a name does not match.
+        ValueError: it is no regular expression, or finds nothing in a name.
     """
     try:
         finder = re.compile(pattern)
@@ -151,9 +151,10 @@ def with_patients(dataset: Dataset, pattern: str) -> Dataset:
     cases = []
     for case in dataset.cases:
         match = finder.search(case.name)
-        if match is None:
+        patient = match and match[1 if finder.groups else 0]
+        if not patient:  # an empty one would be the same for all cases
             raise ValueError(f"the pattern {pattern!r} finds no patient in the name of the case {case.name!r}")
-        cases.append(replace(case, patient=match[1] if finder.groups else match[0]))
+        cases.append(replace(case, patient=patient))
     return replace(dataset, cases=tuple(cases))
 
 

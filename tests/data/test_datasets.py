@@ -251,7 +251,8 @@ def test_patients_are_found_in_names():
     dataset = Dataset("d", Path(), cases)
     assert {case.patient for case in with_patients(dataset, r"^(\w+-\d+)-").cases} == {"GLI-005"}
     assert {case.patient for case in with_patients(dataset, r"\d+$").cases} == {"000", "001"}
-    with pytest.raises(ValueError, match="finds no patient in the name of the case 'GLI-005-000'"):
-        with_patients(dataset, "BraTS")
+    for pattern in ("BraTS", "[0-9]*", "(BraTS)?GLI"):  # none, an empty one, a group that takes no part
+        with pytest.raises(ValueError, match="finds no patient in the name of the case 'GLI-005-000'"):
+            with_patients(dataset, pattern)
     with pytest.raises(ValueError, match="is no regular expression"):
         with_patients(dataset, "(")

@@ -39,7 +39,7 @@ ONLY = {
     "layers": set(),
     "losses": set(),
     "metrics": {"geometry", "tasks"},
-    "data": {"io", "volume", "geometry", "resources", "tasks"},
+    "data": {"io", "volume", "geometry", "resources", "tasks", "version"},
     "networks": {"layers"},
     "flops": set(),  # networks arrive as modules
     "checkpoints": {"io", "layers", "networks", "version"},

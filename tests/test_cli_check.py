@@ -126,6 +126,12 @@ def test_files_of_a_manifest(run, shared):
         (["Dataset001_Two", "--manifest", "liver"], 1, "there is no manifest 'liver'"),
         (["Dataset001_Two", "--manifest", "amos22"], 1, "lists no cases"),
         (["Dataset001_Two", "--patients", "x"], 1, "finds no patient"),
+        (["Dataset001_Two", "--dataset-dir", "nowhere"], 2, "the dataset folder nowhere does not exist"),
+        (
+            ["Dataset001_Two", "--patients", "p", "--make-folds", "2", "-o", "x.json"],
+            1,
+            "there can be no folds, one patient each at least, got 2; Dataset001_Two has 1 patients",
+        ),
     ],
 )
 def test_errors(arguments, code, message, run, folder, monkeypatch):
@@ -133,3 +139,23 @@ def test_errors(arguments, code, message, run, folder, monkeypatch):
     got, out, err = run("check", *arguments)
     assert (got, out, len(err)) == (code, [], 1) and message in err[0]
     assert not (folder.parent / "x.json").exists()
+
+
+@pytest.mark.parametrize("output", ["Dataset001_Two/dataset.json", "list.json"])
+def test_the_list_that_is_read_is_not_written_over(output, run, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    source = "Dataset001_Two" if output.startswith("Dataset") else output
+    entry = {"image": "Dataset001_Two/imagesTr/p0_0_0000.nii.gz", "label": "Dataset001_Two/labelsTr/p0_0.nii.gz"}
+    (folder.parent / "list.json").write_text(json.dumps({"training": [entry], "modality": "CT"}))
+    before = (folder.parent / output).read_text()
+    code, out, err = run("check", source, "-o", output)
+    assert (code, out) == (2, []) and f"the output {output} is the list that is read" in err[0]
+    assert (folder.parent / output).read_text() == before
+
+
+def test_columns_that_are_not_read_are_doubts(run, folder, tmp_path):
+    """A patient under another name would leak between folds."""
+    (tmp_path / "list.csv").write_text("image,label,subject\nimagesTr/p0_0_0000.nii.gz,labelsTr/p0_0.nii.gz,p0\n")
+    code, out, _ = run("check", tmp_path / "list.csv", "--dataset-dir", folder, "--strict")
+    assert code == 3 and "the column 'subject' is not read" in out[1]
+    assert "1 case of 1 patient: 1 train" in out

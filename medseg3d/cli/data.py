@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from medseg3d.cli.terminal import DONE, REVIEW, SOME_FAILED, Status, UsageError
+from medseg3d.cli.terminal import DONE, REVIEW, SOME_FAILED, Status, UsageError, counted, require_folder
 
 if TYPE_CHECKING:
     from medseg3d.data.check import Report
@@ -31,6 +31,9 @@ def check(args: argparse.Namespace) -> int:
         raise UsageError("say with -o where the datalist with the folds goes")
     manifest = load_manifest(args.manifest) if args.manifest else None
     dataset = _dataset(args, manifest)
+    source = Path(args.data).expanduser()
+    if args.output and Path(args.output).resolve() in (path.resolve() for path in (source, source / "dataset.json")):
+        raise UsageError(f"the output {args.output} is the list that is read: give another name")
     status = Status(args.quiet, len(dataset.cases))
     report = check_dataset(dataset, manifest, args.quick, lambda case: status.stage(case, "check"))
     status.clear()
@@ -59,6 +62,7 @@ def _dataset(args: argparse.Namespace, manifest: Mapping[str, Any] | None) -> Da
     path = Path(args.data).expanduser()
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
+    require_folder(args.dataset_dir)
     listed = path.is_file() or (path / "dataset.json").is_file() or (path / "imagesTr").is_dir()
     dataset = manifest_dataset(manifest, path) if manifest and not listed else read_dataset(path, args.dataset_dir)
     if args.labels:
@@ -87,8 +91,7 @@ def _lines(dataset: Dataset, report: Report) -> Iterator[str]:
     if labels := _labels(dataset, report):
         columns = ("label", "name", "cases", "median", *(f"fold {n}" for n in _folds(dataset)))
         yield from _table(columns, labels)
-    faults, doubts = len(report.of_grade("fault")), len(report.of_grade("doubt"))
-    yield f"{faults} {'fault' if faults == 1 else 'faults'}, {doubts} {'doubt' if doubts == 1 else 'doubts'}"
+    yield f"{counted(len(report.of_grade('fault')), 'fault')}, {counted(len(report.of_grade('doubt')), 'doubt')}"
 
 
 def _cases(dataset: Dataset) -> str:
@@ -96,7 +99,7 @@ def _cases(dataset: Dataset) -> str:
 
     splits = Counter(case.split for case in dataset.cases)
     patients = len({case.patient for case in dataset.cases})
-    text = f"{len(dataset.cases)} cases of {patients} patients: " + ", ".join(
+    text = f"{counted(len(dataset.cases), 'case')} of {counted(patients, 'patient')}: " + ", ".join(
         f"{splits[name]} {name}" for name in SPLITS if splits[name]
     )
     folds = Counter(case.fold for case in dataset.cases if case.fold is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from medseg3d.catalogue import BundleInfo
@@ -18,6 +19,16 @@ class UsageError(Exception):
 
 def say(text: str) -> None:
     print(CLEAR_LINE + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def counted(number: int, what: str) -> str:
+    """1 case, 2 cases."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def require_folder(path: str | None) -> None:
+    if path is not None and not Path(path).expanduser().is_dir():
+        raise UsageError(f"the dataset folder {path} does not exist")
 
 
 def asked_to_trust(bundle: BundleInfo) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +93,8 @@ def check_dataset(
             if known is not None:
                 look.findings += known.differences(case, digests)
         findings += look.findings
-    findings += _leaks(dataset) + _repeats(dataset, hashes) + _unused_labels(dataset, facts)
+    findings += _channels(dataset) + _leaks(dataset) + _repeats(dataset, hashes)
+    findings += _gaps(dataset) + _unused_labels(dataset, facts)
     if known is not None:
         findings += known.unlisted()
     return Report(tuple(sorted(findings, key=lambda finding: finding.case == "")), facts)
@@ -226,6 +227,16 @@ class _Known:
         return [Finding("", "doubt", f"the manifest has more files: {_listed(missing)}")] if missing else []
 
 
+def _channels(dataset: Dataset) -> list[Finding]:
+    """Cases whose image has another number of files than most have."""
+    usual = Counter(len(case.images) for case in dataset.cases).most_common(1)[0][0]
+    return [
+        Finding(case.name, "fault", f"files of the image, one a channel: {len(case.images)}; most cases have {usual}")
+        for case in dataset.cases
+        if len(case.images) != usual
+    ]
+
+
 def _leaks(dataset: Dataset) -> list[Finding]:
     """Patients in several splits or folds."""
     places: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -256,6 +267,13 @@ def _repeats(dataset: Dataset, hashes: Mapping[str, str]) -> list[Finding]:
         for cases in alike.values()
         if len(cases) > 1
     ]
+
+
+def _gaps(dataset: Dataset) -> list[Finding]:
+    """Numbers that no label has, though greater ones have a name: a network has a class for each number."""
+    missing = sorted(set(range(max(dataset.labels, default=0))) - dataset.labels.keys())
+    text = f"no label is {_listed(missing)}: to train, number them 0 to {len(dataset.labels) - 1}"
+    return [Finding("", "doubt", text)] if missing and not dataset.objects else []
 
 
 def _unused_labels(dataset: Dataset, facts: Mapping[str, Facts]) -> list[Finding]:

@@ -102,16 +102,19 @@ def read_dataset(path: str | Path, dataset_dir: str | Path | None = None) -> Dat
         path: the file or the folder.
         dataset_dir: the folder that a file's relative paths start from; its own by default.
 
+    The data set's `notes` say what was not heeded: columns and lists of other names, label maps without an image.
+
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is none of these, or an entry lacks its image.
+        ValueError: it is none of these, it lists no case, an entry lacks its image, or a number is none.
     """
     path = Path(path).expanduser()
     root = Path(dataset_dir).expanduser() if dataset_dir is not None else path.parent
     if path.is_dir():
         return _read_folder(path)
     if path.suffix.lower() in (".csv", ".tsv"):
-        return _finished(path.stem, root, _csv_entries(path), {})
+        notes: list[str] = []
+        return _finished(path.stem, root, _csv_entries(path, notes), {}, notes=notes)
     if path.suffix.lower() != ".json":
         path.stat()  # such as FileNotFoundError
         raise ValueError(f"{path} is no data set; medseg3d reads {TAKEN}")
@@ -162,7 +165,12 @@ _Entry = tuple[str, Mapping[str, Any]]  # a split, and a case as a datalist has 
 
 
 def _finished(
-    name: str, root: Path, entries: Sequence[_Entry], labels: Mapping[int, str], objects: bool = False
+    name: str,
+    root: Path,
+    entries: Sequence[_Entry],
+    labels: Mapping[int, str],
+    objects: bool = False,
+    notes: Sequence[str] = (),
 ) -> Dataset:
     """A data set of entries: paths made whole, names told apart."""
     if not entries:
@@ -172,6 +180,8 @@ def _finished(
     cases = []
     for (split, entry), files, case in zip(entries, images, names, strict=True):
         label, fold, contoured = entry.get("label"), entry.get("fold"), entry.get("contoured")
+        if not isinstance(contoured, list | None):
+            raise ValueError(f'{case}: "contoured" is a list of label numbers, such as [1, 2], got {contoured!r}')
         if label is not None and not isinstance(label, str):
             raise ValueError(f"{case}: a label is one file, got {label!r}; merge several masks into one label map")
         cases.append(
@@ -181,11 +191,18 @@ def _finished(
                 label=root / label if label else None,
                 patient=str(entry.get("patient") or case),
                 split=split,
-                fold=None if fold in (None, "") else int(fold),
-                annotated=None if contoured is None else tuple(int(n) for n in contoured),
+                fold=None if fold in (None, "") else _whole(fold, f"{case}: a fold"),
+                annotated=None if contoured is None else tuple(_whole(n, f"{case}: a label") for n in contoured),
             )
         )
-    return Dataset(name, root, tuple(cases), labels, objects)
+    return Dataset(name, root, tuple(cases), labels, objects, notes=tuple(notes))
+
+
+def _whole(value: Any, what: str) -> int:
+    """A whole number of at least 0, which a file may have as text."""
+    if isinstance(value, int | float | str) and str(value).removesuffix(".0").isdecimal():
+        return int(float(value))
+    raise ValueError(f"{what} is a whole number, 0 or more, got {value!r}")
 
 
 def _images(root: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -227,11 +244,17 @@ def _read_json(path: Path, root: Path) -> Dataset:
     for _, entry in entries:
         if not isinstance(entry, Mapping):
             raise ValueError(f'{path}: an entry of a datalist is {{"image": path, "label": path}}, got {entry!r}')
+    others = [key for key, value in data.items() if key not in _SECTIONS and _lists_cases(value)]
+    notes = [f"the list {key!r} is not read: lists of cases are {', '.join(_SECTIONS)}" for key in others]
     try:
         name = str(data.get("name") or path.stem)
-        return _finished(name, root, entries, _label_names(data), data.get("label_kind") == "objects")
+        return _finished(name, root, entries, _label_names(data), data.get("label_kind") == "objects", notes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _lists_cases(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, Mapping) and "image" in entry for entry in value)
 
 
 def _document(path: Path) -> Mapping[str, Any]:
@@ -254,7 +277,7 @@ def _label_names(data: Mapping[str, Any]) -> dict[int, str]:
         return {0: "background", **dict(sorted(names.items()))} if names else {}
     found: dict[int, tuple[int, str]] = {}  # number -> size of the smallest region that holds it, and its name
     for name, numbers in labels.items():
-        region = [int(n) for n in (numbers if isinstance(numbers, list) else [numbers])]
+        region = [_whole(n, f"the label {name!r}") for n in (numbers if isinstance(numbers, list) else [numbers])]
         for n in region:
             named = name if len(region) == 1 else f"{name} {n}"
             found[n] = min(found.get(n, (len(region), named)), (len(region), named))
@@ -277,8 +300,13 @@ def _read_folder(folder: Path) -> Dataset:
     else:
         ending = str(data.get("file_ending", "")).lower()
         entries = [*_scanned(folder, "Tr", "train", ending, notes), *_scanned(folder, "Ts", "test", ending, notes)]
-    dataset = _finished(str(data.get("name") or folder.resolve().name), folder, entries, _label_names(data))
-    return replace(dataset, notes=tuple(notes))
+        if not entries:
+            which = f"that ends in {ending!r}, the file_ending of dataset.json" if ending else "that medseg3d reads"
+            raise ValueError(f"{folder / 'imagesTr'} holds no image {which}")
+    trained = sum(split == "train" for split, _ in entries)
+    if data.get("numTraining", trained) != trained:
+        notes.append(f"dataset.json says numTraining {data['numTraining']}, there are {trained} cases")
+    return _finished(str(data.get("name") or folder.resolve().name), folder, entries, _label_names(data), notes=notes)
 
 
 def _scanned(folder: Path, end: str, split: str, ending: str, notes: list[str]) -> Iterator[_Entry]:
@@ -306,7 +334,8 @@ def _stem(file: Path, ending: str) -> str:
     return file.name[: -len(ending)] if ending else split_name(file)[0]
 
 
-def _csv_entries(path: Path) -> list[_Entry]:
+def _csv_entries(path: Path, notes: list[str]) -> list[_Entry]:
+    """The rows; columns whose name in the first line is unknown go to the notes."""
     text = path.read_text(encoding="utf-8-sig")
     first = text.split("\n", 1)[0]
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=_delimiter(first))]
@@ -314,6 +343,13 @@ def _csv_entries(path: Path) -> list[_Entry]:
     columns = [cell.lower() for cell in rows[0]] if rows else []
     if "image" in columns:
         rows = rows[1:]
+        notes += [
+            f"the column {name!r} is not read: columns are {', '.join(_COLUMNS)}"
+            for name in columns
+            if name not in _COLUMNS
+        ]
+    elif set(columns) & set(_COLUMNS):
+        raise ValueError(f"{path}: the first line names columns, and none is image: {', '.join(columns)}")
     else:
         columns = list(_COLUMNS[:3])
     entries: list[_Entry] = []
@@ -325,6 +361,8 @@ def _csv_entries(path: Path) -> list[_Entry]:
         if split is None or not str(entry.get("fold", 0)).isdecimal():
             raise ValueError(f"{path}: a split is one of {', '.join(SPLITS)} and a fold a whole number, got {row}")
         entries.append((split, entry))
+    if not entries:
+        raise ValueError(f"{path} lists no case: a row has an image, its label and, if you like, the patient")
     return entries
 
 

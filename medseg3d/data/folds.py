@@ -35,8 +35,9 @@ def make_folds(
         if _to_deal(case):
             patients[case.patient].append(case)
     if not 2 <= count <= len(patients):
+        most = f"2 to {len(patients)}" if len(patients) > 1 else "no"
         raise ValueError(
-            f"there can be 2 to {len(patients)} folds, one patient each at least, got {count}; {dataset.name} has "
+            f"there can be {most} folds, one patient each at least, got {count}; {dataset.name} has "
             f"{len(patients)} patients with labels that are not for the test"
         )
     labels = {

@@ -221,3 +221,16 @@ def test_notes_of_the_reader_are_told(case):
     assert json.dumps([f.__dict__ for f in check_dataset(dataset).findings]) == (
         '[{"case": "", "grade": "doubt", "text": "a label without image"}]'
     )
+
+
+def test_a_channel_that_is_missing(case):
+    a, b, c = (case(name) for name in "abc")
+    second = {x.name: (*x.images, case(f"{x.name}_2").images[0]) for x in (a, b)}
+    found = findings(replace(a, images=second["a"]), replace(b, images=second["b"]), c)
+    assert ("c", "fault", "files of the image, one a channel: 1; most cases have 2") in found
+    assert not [finding for finding in found if finding[0] in ("a", "b")]
+
+
+def test_a_number_that_no_label_has(case):
+    labels = {0: "background", 1: "liver", 2: "spleen", 4: "stomach"}
+    assert ("", "doubt", "no label is 3: to train, number them 0 to 3") in findings(case("a"), labels=labels)

@@ -256,3 +256,52 @@ def test_patients_are_found_in_names():
             with_patients(dataset, pattern)
     with pytest.raises(ValueError, match="is no regular expression"):
         with_patients(dataset, "(")
+
+
+class TestWhatIsNotRead:
+    """Columns, lists and cases that would be lost without a word are told."""
+
+    def test_columns_of_other_names(self, save):
+        dataset = read_dataset(save("list.csv", "image,label,subject_id\na.nii.gz,a_seg.nii.gz,7\n"))
+        assert dataset.notes == ("the column 'subject_id' is not read: columns are image, label, patient, split, fold",)
+        assert read_dataset(save("list.csv", "image,label,patient\na.nii.gz,b.nii.gz,7\n")).notes == ()
+
+    def test_lists_of_other_names(self, save):
+        entries = [{"image": "a.nii.gz", "label": "a_seg.nii.gz"}]
+        document = {"training": entries, "val": entries, "modalities": ["CT"]}
+        (note,) = read_dataset(save("list.json", document)).notes
+        assert note == "the list 'val' is not read: lists of cases are training, validation, testing, test"
+
+    def test_a_folder_with_fewer_cases_than_it_says(self, save, touch, tmp_path):
+        touch("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/t_0000.nii.gz")
+        save("dataset.json", {"labels": {"background": 0, "liver": 1}, "numTraining": 2})
+        assert read_dataset(tmp_path).notes == ("dataset.json says numTraining 2, there are 1 cases",)
+        save("dataset.json", {"labels": {"background": 0, "liver": 1}, "numTraining": 1})
+        assert read_dataset(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("entry", "labels", "message"),
+    [
+        ({"fold": "one"}, {}, "a: a fold is a whole number, 0 or more, got 'one'"),
+        ({"fold": 0.5}, {}, "a: a fold is a whole number, 0 or more, got 0.5"),
+        ({"contoured": "liver"}, {}, r"a: .contoured. is a list of label numbers, such as \[1, 2\], got 'liver'"),
+        ({"contoured": ["liver"]}, {}, "a: a label is a whole number, 0 or more, got 'liver'"),
+        ({}, {"liver": "one"}, "the label 'liver' is a whole number, 0 or more, got 'one'"),
+    ],
+)
+def test_a_word_in_the_place_of_a_number(entry, labels, message, save):
+    document = {"labels": labels, "training": [{"image": "a.nii.gz", **entry}]}
+    with pytest.raises(ValueError, match=f"list.json: {message}"):
+        read_dataset(save("list.json", document))
+
+
+def test_what_lists_no_case(save, touch, tmp_path):
+    with pytest.raises(ValueError, match=r"empty.csv lists no case: a row has an image"):
+        read_dataset(save("empty.csv", ""))
+    with pytest.raises(ValueError, match=r"the first line names columns, and none is image: label, patient"):
+        read_dataset(save("no_image.csv", "label,patient\na_seg.nii.gz,a\n"))
+    touch("imagesTr/a_0000.nii.gz")
+    save("dataset.json", {"labels": {}, "file_ending": ".nrrd"})
+    with pytest.raises(ValueError, match=r"imagesTr holds no image that ends in '.nrrd', the file_ending of"):
+        read_dataset(tmp_path)

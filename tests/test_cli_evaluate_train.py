@@ -132,3 +132,22 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
             assert code == 1 and f"pip install medseg3d[{extra}]" in err[-1]
     code, out, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path / "out", "-q")
     assert (code, out) == (1, []) and "is not in the dataset folder" in err[-1]
+
+
+def test_evaluate_goes_on_after_a_case_that_fails(run, tmp_path):
+    (tmp_path / "names.json").write_text('{"2": "femur"}')
+    for name in ("a", "b"):
+        references(tmp_path / "truth", name)
+        references(tmp_path / "out", name)
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"no scan")
+    folders = ("-p", tmp_path / "out", "-r", tmp_path / "truth", "--labels", tmp_path / "names.json")
+    code, out, err = run("evaluate", *folders)
+    assert code == 4 and err[0].startswith("error: a: ") and "is not a NIfTI file" in err[0]
+    assert err[1] == "note: labels without a name do not count: 1" and any(line.startswith("femur") for line in out)
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--patience"])
+@pytest.mark.parametrize("value", ["0", "-2", "ten", "1.5"])
+def test_train_takes_whole_epochs(option, value, run, tmp_path):
+    code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path / "out", f"{option}={value}")
+    assert code == 2 and err[-1].endswith(f"{option}: it is a whole number of 1 or more, got '{value}'")

@@ -182,7 +182,7 @@ def _add_compare(verbs: Any) -> None:
         "--split", choices=("train", "validation", "test"), default="test", help="which cases (default: test)"
     )
     verb.add_argument("--fold", type=int, metavar="N", help="the fold that is the validation split")
-    verb.add_argument("--limit", type=int, metavar="N", help="only the first N of them")
+    verb.add_argument("--limit", type=_positive, metavar="N", help="only the first N of them")
     verb.add_argument("--labels", metavar="JSON", help="label names, where the data do not give them")
     verb.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the results; run again to go on")
     verb.add_argument(
@@ -203,9 +203,12 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for checkpoints; run again to resume"
     )
-    verb.add_argument("--epochs", type=int, help="train to this epoch (default: the bundle's)")
+    verb.add_argument("--epochs", type=_positive, help="train to this epoch (default: the bundle's)")
     verb.add_argument(
-        "--patience", type=int, metavar="EPOCHS", help="end the run after so many epochs without a better validation"
+        "--patience",
+        type=_positive,
+        metavar="EPOCHS",
+        help="end the run after so many epochs without a better validation",
     )
     verb.add_argument(
         "--max-hours", type=float, metavar="HOURS",
@@ -330,6 +333,12 @@ def _add_trust(verb: Any) -> None:
     verb.add_argument(
         "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"it is a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _number_or_word(text: str) -> int | str:

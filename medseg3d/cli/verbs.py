@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from medseg3d.catalogue import DEFAULT_MODEL, find_bundle, shipped_bundles
-from medseg3d.cli.terminal import DONE, ERROR, UsageError, asked_to_trust, say
+from medseg3d.cli.terminal import DONE, ERROR, SOME_FAILED, UsageError, asked_to_trust, say
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -40,10 +40,15 @@ def evaluate(args: argparse.Namespace) -> int:
     result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
     for path, reason in result.unpaired:
         say(f"left out {path}: {reason}")
+    for case, reason in result.failures:
+        say(f"error: {case}: {reason}")
+    if result.unnamed:
+        more = ", ..." * (len(result.unnamed) > 5)
+        say(f"note: labels without a name do not count: {', '.join(map(str, result.unnamed[:5]))}{more}")
     print(summary_table(result.rows))
     if args.output:
         print(write_evaluation_csv(args.output, result.rows))
-    return DONE
+    return SOME_FAILED if result.failures else DONE
 
 
 def _are_pictures(path: str) -> bool:

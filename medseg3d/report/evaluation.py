@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg3d.errors import in_words
 from medseg3d.io import read_volume
 from medseg3d.io.formats import KINDS, split_name
+from medseg3d.io.labels import count_labels
 from medseg3d.metrics.evaluate import COLUMNS, Row, evaluate_case
 from medseg3d.report.records import require_same_grid, write_csv
 from medseg3d.volume import Volume
@@ -35,10 +37,16 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`rows`: those of `evaluate_case` with the "case" in front. `unpaired`: files that were left out, and why."""
+    """`rows`: those of `evaluate_case` with the "case" in front. `unpaired`: files that were left out, and why.
+
+    `failures`: cases that could not be measured, and why. `unnamed`: numbers in the label maps that have no name, which
+    do not count.
+    """
 
     rows: Sequence[Row]
     unpaired: Sequence[tuple[Path, str]]
+    failures: Sequence[tuple[str, str]] = ()
+    unnamed: Sequence[int] = ()
 
 
 def case_name(path: str | Path) -> str:
@@ -69,10 +77,10 @@ def pair_cases(predictions: Files, references: Files, pictures: bool = False) ->
     unpaired = [(path, "no reference of this name") for case, path in predicted.items() if case not in expected]
     unpaired += [(path, "no prediction of this name") for case, path in expected.items() if case not in predicted]
     if not both:
-        names = ", ".join(sorted(predicted)[:3] or ["none"]), ", ".join(sorted(expected)[:3] or ["none"])
+        names = (", ".join([*sorted(side)[:3], *["..."] * (len(side) > 3)]) or "none" for side in (predicted, expected))
         raise ValueError(
             "no prediction has the name of a reference; names are compared without words such as _seg or _ct:"
-            f" predictions {names[0]}, ...; references {names[1]}, ..."
+            f" predictions {next(names)}; references {next(names)}"
         )
     return Pairs({case: (predicted[case], expected[case]) for case in both}, unpaired)
 
@@ -131,15 +139,29 @@ def evaluate_folders(
     """Every prediction against the reference of its case; see `pair_cases` and `evaluate_files`.
 
     `annotated`: case (a `case_name`, or the name of one of its files) -> the labels that were contoured in it; a case
-    that is not named there has all.
+    that is not named there has all. A case that fails does not stop the others.
+
+    Raises ValueError as `pair_cases` does, and the error of the first case if all fail.
     """
     found = pair_cases(predictions, references)
     contoured = {case_name(name): organs for name, organs in (annotated or {}).items()}
     rows: list[Row] = []
-    for case, (prediction, reference) in found.pairs.items():
-        measured = evaluate_files(prediction, reference, labels, nsd_tolerance_mm, contoured.get(case))
+    errors: dict[str, Exception] = {}
+    unnamed: set[int] = set()
+    for case, files in found.pairs.items():
+        try:
+            sides = read_label_map(files[0]), read_label_map(files[1])
+            names = str(files[0]), str(files[1])
+            measured = evaluate_volumes(*sides, labels, nsd_tolerance_mm, contoured.get(case), names)
+        except (ValueError, OSError) as error:
+            errors[case] = error
+            continue
         rows += [{"case": case, **row} for row in measured]
-    return Evaluation(rows, found.unpaired)
+        unnamed.update(*(count_labels(side.array) for side in sides))
+    if errors and not rows:
+        raise next(iter(errors.values()))
+    failures = [(case, in_words(error)) for case, error in errors.items()]
+    return Evaluation(rows, found.unpaired, failures, sorted(unnamed - {0, *labels}))
 
 
 def write_evaluation_csv(path: str | Path, rows: Iterable[Row]) -> Path:

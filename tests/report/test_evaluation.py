@@ -163,3 +163,20 @@ def test_refused_files(tmp_path):
     fractions = save(tmp_path / "fractions.nii.gz", label_map(4, 5).astype(np.float32) / 3)
     with pytest.raises(ValueError, match=r"fractions.nii.gz is no label map"):
         evaluate_files(fractions, good, LABELS)
+
+
+def test_a_case_that_fails_does_not_stop_the_others(folders):
+    _, references = folders
+    save(references / "pt1_oar.nii.gz", label_map(5, 5), AFFINE * 2)
+    evaluation = evaluate_folders(*folders, LABELS)
+    assert [row["case"] for row in evaluation.rows] == ["pt2", "pt2"]
+    ((case, reason),) = evaluation.failures
+    assert case == "pt1" and "both must lie on one grid" in reason
+    save(references / "pt2_oar.nii.gz", label_map(5, 5), AFFINE * 2)
+    with pytest.raises(ValueError, match="both must lie on one grid"):
+        evaluate_folders(*folders, LABELS)
+
+
+def test_labels_without_a_name_are_told(folders):
+    assert evaluate_folders(*folders, LABELS).unnamed == []
+    assert evaluate_folders(*folders, {2: "larynx"}).unnamed == [1]

@@ -76,6 +76,10 @@ def test_what_fails_is_told(compare, tmp_path):
 
 
 def test_wrong_usage(compare, run, bundles, data, tmp_path):
+    code, _, err = compare("--dataset-dir", "nowhere")
+    assert code == 2 and "the dataset folder nowhere does not exist" in err[-1]
+    code, _, err = compare("--limit", 0)
+    assert code == 2 and "--limit: it is a whole number of 1 or more, got '0'" in err[-1]
     code, _, err = compare("--split", "validation")
     assert code == 2 and "no case with a reference" in err[-1]
     code, _, err = run("compare", "-m", bundles.threshold, "--data", data, "-o", tmp_path / "out")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg3d.catalogue import DEFAULT_MODEL
-from medseg3d.cli.terminal import DONE, ERROR, SOME_FAILED, Status, UsageError, asked_to_trust, say
+from medseg3d.cli.terminal import DONE, ERROR, SOME_FAILED, Status, UsageError, asked_to_trust, require_folder, say
 
 if TYPE_CHECKING:
     from medseg3d.data.datasets import Case, Dataset
@@ -57,6 +57,7 @@ def _cases(args: argparse.Namespace) -> tuple[Dataset, list[Case]]:
     from medseg3d.data.manifest import dataset_of
     from medseg3d.io import LabelTable
 
+    require_folder(args.dataset_dir)
     dataset = dataset_of(args.data, args.dataset_dir)
     if args.labels:
         dataset = replace(dataset, labels=LabelTable.read_json(args.labels).names)

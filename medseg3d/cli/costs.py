@@ -61,14 +61,19 @@ def _of_network(args: argparse.Namespace) -> tuple[dict[str, Any], Rows, list[st
     from medseg3d.flops import count_operations, receptive_field
     from medseg3d.networks import NETWORKS
 
-    _require(args, size="of its input, such as --size 96 96 96")
     if args.what not in NETWORKS:
         raise UsageError(
             f"{args.what!r} is neither a network ({', '.join(NETWORKS)}) nor a formula ({', '.join(FORMULAS)})"
         )
+    _require(args, size="of its input, such as --size 96 96 96")
+    if min(args.size) < 1:
+        raise UsageError(f"--size takes voxels, 1 or more along each axis; got {' '.join(map(str, args.size))}")
     arguments = _arguments(args.what, NETWORKS[args.what], args)
-    with torch.device("meta"):
-        network = NETWORKS[args.what](**arguments)
+    try:
+        with torch.device("meta"):
+            network = NETWORKS[args.what](**arguments)
+    except TypeError as error:  # such as a number where a list belongs
+        raise UsageError(f"{args.what} cannot be made with {' '.join(args.set or ())}: {error}") from error
     shape = (1, _channels(network, arguments), *_size_for(network, args.size))
     reach = None
     try:

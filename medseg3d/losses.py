@@ -205,7 +205,10 @@ def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor
     if annotated is None:
         return torch.ones(batch, classes, dtype=torch.bool, device=logits.device)
     if annotated.shape != (batch, classes):
-        raise ValueError(f"annotated must be {(batch, classes)}, got {tuple(annotated.shape)}")
+        raise ValueError(
+            f"annotated must be {(batch, classes)}, got {tuple(annotated.shape)}: the network must have a class for "
+            "each label of the data set and one for the background"
+        )
     known_BK = annotated.bool().clone()  # zeros and ones will do as well as booleans
     known_BK[:, 0] = True
     return known_BK

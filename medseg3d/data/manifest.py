@@ -128,13 +128,18 @@ def datalist(
 
     Raises:
         FileNotFoundError: a file of the split is not in ``dataset_dir``.
-        ValueError: the split is empty, labels have no names, or the manifest lists no cases.
+        ValueError: the split is empty, labels have no names or leave a number out, or the manifest lists no cases.
     """
     dataset = dataset_of(manifest, dataset_dir)
     if not dataset.labels:
         raise ValueError(
             f'{dataset.name} does not name its labels: add "labels": {{"0": "background", "1": ...}} to the datalist, '
             "or have medseg3d check write one that does"
+        )
+    if max(dataset.labels) >= len(dataset.labels):
+        raise ValueError(
+            f"{dataset.name} has the labels {', '.join(map(str, dataset.labels))}; a network has a class for each "
+            f"number, so they must be 0 to {len(dataset.labels) - 1}: renumber them in the label maps"
         )
     cases = []
     for case in dataset.of_split(split, fold):

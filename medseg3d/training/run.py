@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -13,6 +14,11 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from medseg3d.inference.device import resolve_device
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # id of a train.json -> module and extra that it needs
+
+_LOGGERS = (
+    "monai.handlers.StatsHandler",
+    *(f"ignite.engine.engine.Supervised{part}" for part in ("Trainer", "Evaluator")),
+)
 
 
 def train_bundle(
@@ -65,6 +71,7 @@ def train_bundle(
         **settings,
     )
     workflow.initialize()
+    leave_errors_to_the_caller()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     if progress:
@@ -78,6 +85,16 @@ def train_bundle(
     folder = Path(workflow.parser.get_parsed_content("checkpoint_dir"))
     best = folder / "best.pt"
     return best if best.is_file() else folder / "last.pt"
+
+
+def leave_errors_to_the_caller() -> None:
+    """What stops a run, Ctrl-C too, is raised; engines and their handlers do not log its traceback besides."""
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_no_error)
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 def _require_modules(settings: Mapping[str, Any]) -> None:

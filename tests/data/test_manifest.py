@@ -263,3 +263,12 @@ def test_a_datalist_of_ones_own_takes_the_place_of_a_manifest(dataset):
     path.write_text(json.dumps({"training": entries}))
     with pytest.raises(ValueError, match="own does not name its labels"):
         datalist(path, dataset, "train")
+
+
+def test_a_datalist_refuses_labels_that_leave_a_number_out(dataset):
+    """Flags of classes and the channels of a network go by number."""
+    path = dataset / "gap.json"
+    entry = {"image": "ct/p0.nii.gz", "label": "oar/p0.nii.gz"}
+    path.write_text(json.dumps({"labels": {"1": "liver", "3": "spleen"}, "training": [entry]}))
+    with pytest.raises(ValueError, match=r"gap has the labels 0, 1, 3; .* they must be 0 to 2"):
+        datalist(path, dataset, "train")

@@ -35,7 +35,7 @@ from medseg3d.losses import PartialDiceCELoss
 from medseg3d.metrics.overlap import overlaps
 from medseg3d.networks import SwinUNETR
 from medseg3d.resources import resource_folder
-from medseg3d.training import channels_last
+from medseg3d.training import Muon, WarmupCosine, channels_last
 from medseg3d.training.autocast import thin_maps_in_float32
 
 MANIFEST = "openkbp_headneck"
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
     parser.add_argument("--cases", type=int, nargs="+", default=[5, 15, 30])
     parser.add_argument("--steps", type=int, default=200, help="of one window each")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -122,11 +122,9 @@ def run(data: dict[str, Dataset], size: int, start: str, arguments: argparse.Nam
 def train(
     network: nn.Module, dataset: CacheDataset, size: int, arguments: argparse.Namespace, name: str
 ) -> list[float]:
-    """AdamW with a warm-up of a tenth and a cosine; the loss of every step."""
-    optimizer = torch.optim.AdamW(network.parameters(), arguments.rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.rate, arguments.steps + 1, pct_start=0.1, cycle_momentum=False
-    )
+    """Muon with a warm-up of a tenth and a cosine; the loss of every step."""
+    optimizer = Muon(network, arguments.rate)
+    schedule = WarmupCosine(optimizer, arguments.steps, warmup=0.1)
     loss_function = PartialDiceCELoss(organ_share=ORGAN_SHARE)
     losses = []
     network.train()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from medseg3d.training.curves import Curves
     from medseg3d.training.guard import Guarded
     from medseg3d.training.iterations import DetectionIteration, Diverged, SegmentationIteration, channels_last
+    from medseg3d.training.muon import Muon
     from medseg3d.training.objects import ObjectAP, ObjectF1
     from medseg3d.training.pretraining import PretrainingIteration, PretrainingValidation
     from medseg3d.training.schedules import WarmupCosine
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "Diverged": "iterations",
     "Guarded": "guard",
     "HausdorffInMm": "surface",
+    "Muon": "muon",
     "ObjectAP": "objects",
     "ObjectF1": "objects",
     "PretrainingIteration": "pretraining",
@@ -47,6 +49,7 @@ __all__ = [
     "Diverged",
     "Guarded",
     "HausdorffInMm",
+    "Muon",
     "ObjectAP",
     "ObjectF1",
     "PretrainingIteration",

@@ -126,9 +126,12 @@ def test_the_page_on_pre_training_runs():
     assert "126 tensors" in str(values["report"])
     assert all(loss.requires_grad for loss in values["losses"].values())
     parser = cli._parser()
-    for command in re.findall(r"^medseg3d .+", page, flags=re.MULTILINE):
-        settings = dict(parser.parse_args(shlex.split(command)[1:]).set)
-        assert settings == {"manifest": None, "more_scans": ["**/*.nii.gz"]}
+    commands = re.findall(r"^medseg3d .+", page, flags=re.MULTILINE)
+    given = [dict(parser.parse_args(shlex.split(command)[1:]).set) for command in commands]
+    assert given == [
+        {"encoder": "bundles/ct_swin_ssl/models/model.pt"},
+        {"manifest": None, "more_scans": ["**/*.nii.gz"]},
+    ]
 
 
 def test_it_does_not_segment():

@@ -177,7 +177,8 @@ def test_export(bundle):
     """To torch.export and TorchScript: the network, or of a detector the backbone, as its card says."""
     network = trained(bundle) if gives_tensors(bundle) else trained(bundle).backbone
     image = config(bundle, "metadata")["network_data_format"]["inputs"]["image"]
-    sides = [side if isinstance(side, int) else 64 for side in image["spatial_shape"]]  # the others take more than one
+    sides = [64, 64] if len(image["spatial_shape"]) == 2 else [64, 32, 32]
+    sides = config(bundle, "inference")["network_def"].get("img_size", sides)  # UNETR has positions for one size
     x = torch.randn(1, image["num_channels"], *sides, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = network(x)

@@ -22,7 +22,7 @@ NAMES = sorted(b.name for b in shipped_bundles() if b.name.startswith("headneck_
 # Networks and windows small enough to train in seconds.
 TINY = {
     "headneck_ct_swin_unetr": {"network_def::feature_size": 12},
-    "headneck_ct_unet_downsampled": {"size": [32, 32, 16], "network_def::channels": [4, 4, 4]},
+    "headneck_ct_unet_downsampled": {"size": [32, 32, 16], "network_def::channels": [8, 8, 8]},
     "headneck_ct_unetr": {"network_def::hidden_size": 24, "network_def::mlp_dim": 24, "network_def::feature_size": 4},
     "headneck_ct_vnet": {"patch_size": [32, 32, 32], "network_def::width": 2},
     "headneck_ct_fcn_slices": {"patch_size": [64, 64], "crop_size": [64, 64], "network_def::width": 0.0625},

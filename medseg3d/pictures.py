@@ -23,7 +23,7 @@ from medseg3d.data.results import as_result, checked_kind
 from medseg3d.inference.device import device_name
 from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.inference.strategy import Strategy, plain
-from medseg3d.io import RASTER_SUFFIXES, LabelTable, read_image, write_atomic
+from medseg3d.io import RASTER_SUFFIXES, LabelTable, read_image, write_text
 from medseg3d.io.formats import split_name
 from medseg3d.io.labels import sidecar_path, sidecar_text
 from medseg3d.io.results import Result, write_result, write_result_json
@@ -104,7 +104,7 @@ class PictureSegmentation:
         if isinstance(self.result, SemanticMap):
             text = sidecar_text(self.table, path, self.source)
             try:
-                write_atomic(sidecar_path(path), lambda file: file.write_text(text, encoding="utf-8"))
+                write_text(sidecar_path(path), text)
             except OSError:
                 path.unlink()
                 raise

@@ -16,7 +16,7 @@ from medseg3d.compare.result import Comparison, spaced
 from medseg3d.compare.style import CSS
 from medseg3d.compare.summary import Summary
 from medseg3d.compare.tables import Cell, Table, cost_table, facts, heading, organ_tables, pair_table
-from medseg3d.io import write_atomic
+from medseg3d.io import write_text
 from medseg3d.report.drawing import MISSED, WRONG
 from medseg3d.report.svg import legend
 from medseg3d.version import __version__
@@ -31,8 +31,7 @@ _COSTS |= {"peak_memory_mb": "peak memory, MB"}
 
 def write_page(comparison: Comparison, summary: Summary, path: Path) -> Path:
     """Write the page, atomically. The scans, references and segmentations of two cases are read for its pictures."""
-    text = page(comparison, summary)
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return write_text(path, page(comparison, summary))
 
 
 def page(comparison: Comparison, summary: Summary) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medseg3d.compare.result import Comparison, Model, spaced
 from medseg3d.compare.summary import MEAN, MEASURES, Estimate, Pair, Summary
-from medseg3d.io import write_atomic
+from medseg3d.io import write_text
 from medseg3d.metrics.evaluate import COLUMNS
 from medseg3d.report.records import write_csv
 
@@ -139,12 +139,11 @@ def write_tables(comparison: Comparison, summary: Summary, folder: Path) -> list
     lines = [f"# {heading(comparison)}", "", *facts(comparison), "", *(f"{t.markdown()}\n" for t in tables if t.rows)]
     if comparison.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in comparison.notes), ""]
-    text = "\n".join(lines)
     failures = folder / "failures.csv"
     failures.unlink(missing_ok=True)
     rows = ("model", "case", "patient", *COLUMNS)
     written = [
-        write_atomic(folder / "comparison.md", lambda path: path.write_text(text, encoding="utf-8")),
+        write_text(folder / "comparison.md", "\n".join(lines)),
         write_csv(folder / "metrics.csv", comparison.rows, rows),
         write_csv(folder / "costs.csv", comparison.costs, _CSV_COSTS),
         write_csv(folder / "summary.csv", _estimate_rows(comparison, summary), _ESTIMATE),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medseg3d.io import write_atomic
+from medseg3d.io import write_text
 from medseg3d.io.formats import KINDS, RASTER_SUFFIXES, split_name
 
 SPLITS = ("train", "validation", "test")
@@ -135,8 +135,7 @@ def write_datalist(dataset: Dataset, path: str | Path) -> Path:
         entries = [_entry(case, folder) for case in dataset.cases if case.split == _SECTIONS[section]]
         if entries or section == "training":
             document[section] = entries
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def with_patients(dataset: Dataset, pattern: str) -> Dataset:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medseg3d.io.atomic import write_atomic
+    from medseg3d.io.atomic import write_atomic, write_text
     from medseg3d.io.coco import read_coco, read_coco_results, write_coco, write_coco_results
     from medseg3d.io.dicom import list_series, read_dicom
     from medseg3d.io.formats import RASTER_SUFFIXES
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "atomic": ("write_atomic",),
+    "atomic": ("write_atomic", "write_text"),
     "coco": ("read_coco", "read_coco_results", "write_coco", "write_coco_results"),
     "dicom": ("list_series", "read_dicom"),
     "formats": ("RASTER_SUFFIXES",),
@@ -67,6 +67,7 @@ __all__ = [
     "write_label_map",
     "write_panoptic",
     "write_panoptic_png",
+    "write_text",
     "write_volume",
 ]
 

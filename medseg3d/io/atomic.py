@@ -60,6 +60,11 @@ def write_atomic(path: str | Path, write: Callable[[Path], T], check: Callable[[
     return path
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text as :func:`write_atomic` writes."""
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _flush(path: Path) -> None:
     """Some file systems report a full disk only when they must store the bytes."""
     with path.open("rb+") as file:

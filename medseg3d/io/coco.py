@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medseg3d.io.atomic import write_atomic
+from medseg3d.io.atomic import write_text
 from medseg3d.tasks import RLE, Category, Instances, Region, polygons
 
 Entry = Mapping[str, Any]
@@ -181,8 +181,7 @@ def read_document(path: str | Path, parts: Sequence[str] = ()) -> Any:
 
 def write_document(path: str | Path, document: Any) -> Path:
     """Write JSON, atomically."""
-    text = json.dumps(document, ensure_ascii=False)
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return write_text(path, json.dumps(document, ensure_ascii=False))
 
 
 def read_images(path: str | Path, document: Entry) -> dict[int, ImageEntry]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medseg3d.geometry import Geometry
-from medseg3d.io.atomic import write_atomic
+from medseg3d.io.atomic import write_atomic, write_text
 from medseg3d.io.formats import RASTER_SUFFIXES, READABLE, WRITABLE, kind_of, split_name
 from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text, unnamed_labels
 from medseg3d.io.voxels import LPS_TO_RAS, fortran_order, plain_numbers, spatial_shape
@@ -122,7 +122,7 @@ def write_label_map(volume: Volume, path: str | Path, table: LabelTable | Mappin
     _write(volume.with_array(array.astype(dtype, copy=False)), path, "medseg3d label map", table)
     text = sidecar_text(table, path, volume.header.get("path"))
     try:
-        write_atomic(sidecar_path(path), lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(sidecar_path(path), text)
     except OSError:
         path.unlink()
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg3d.geometry import Geometry
-from medseg3d.io import write_atomic
+from medseg3d.io import write_atomic, write_text
 
 
 def grid_record(geometry: Geometry) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def require_same_grid(first: Geometry, second: Geometry, names: tuple[str, str])
 def write_json(path: str | Path, data: Any) -> Path:
     """Write `data` as JSON, atomically; None becomes null. ValueError if it holds NaN or infinity, unknown to JSON."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return write_text(path, text)
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Path:

@@ -99,7 +99,8 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     Newton-Schulz of the fifth order, in the products of the shorter side with itself: for a convolution's long rows a
     fraction of the operations of the iteration on the matrix.
     """
-    rows = matrix.float() if len(matrix) <= matrix[0].numel() else matrix.float().T
+    tall = matrix.shape[0] > matrix.shape[1]
+    rows = matrix.float().T if tall else matrix.float()
     rows = rows / rows.norm().clamp(min=1e-12)
     products = rows @ rows.T
     unit = torch.eye(len(products), device=products.device)
@@ -110,7 +111,7 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
         factor = polynomial @ factor
         products = polynomial @ products @ polynomial
     result = factor @ rows
-    return result if len(matrix) <= matrix[0].numel() else result.T
+    return result.T if tall else result
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

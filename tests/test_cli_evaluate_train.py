@@ -125,6 +125,16 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
     assert code == 1 and "has no configs/train.json" in err[0]
     code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", "learning=2")
     assert code == 1 and "the train.json has no learning; it has" in err[-1] and "learning_rate" in err[-1]
+    for setting, words in (
+        ("epochs=many", "epochs is a whole number in the train.json, such as "),
+        ("epochs=2.5", "got 2.5"),
+        ("epochs=true", "got True"),
+        ("ema_decay=high", "ema_decay is a number in the train.json"),
+        ("load_pretrain=1", "load_pretrain is true or false in the train.json"),
+        ("patch_size=64", "patch_size is a list in the train.json, such as [64, 64, 64]; got 64"),
+    ):
+        code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", setting)
+        assert code == 1 and words in err[-1]
     for extra in ("tensorboard", "mlflow"):
         if find_spec(extra) is None:
             value = ("--mlflow", "runs") if extra == "mlflow" else ("--tensorboard",)

@@ -21,6 +21,7 @@ from medseg3d.data.datasets import Case
 from medseg3d.errors import in_words
 from medseg3d.report.records import write_json
 from medseg3d.report.run import input_sha256
+from medseg3d.version import __version__
 
 Progress = Callable[[str, str, int, int], None]  # model, what goes on, cases done, all cases
 
@@ -161,6 +162,7 @@ class _Run:
         """What a result depends on."""
         settings = self.conditions
         return {
+            "medseg3d": __version__,
             "bundle_sha256": contender.sha256,
             "strategy": contender.strategy,
             "device": settings.device,

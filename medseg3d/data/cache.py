@@ -177,7 +177,8 @@ def _compact(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _compact(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_compact(part) for part in value]
+        parts = [_compact(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
         return value.clone()
     return value

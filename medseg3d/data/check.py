@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,26 +206,40 @@ def _differences(image: Grid, other: Grid) -> Iterator[tuple[Grade, str]]:
 
 
 class _Known:
-    """Files of a manifest, by path from the data set's folder or, where that is not known, by name."""
+    """Files of a manifest, by path from the data set's folder or, where that is not known, by the end of the path."""
 
-    def __init__(self, sums: Mapping[str, str], root: Path) -> None:
+    def __init__(self, sums: Mapping[str, str | None], root: Path) -> None:
         self.by_path = {root / file: digest for file, digest in sums.items()}
-        self.by_name = {file.name: file for file in self.by_path}
+        self.by_name: dict[str, list[Path]] = defaultdict(list)
+        for file in self.by_path:
+            self.by_name[file.name].append(file)
         self.seen: set[Path] = set()
 
     def differences(self, case: Case, digests: Mapping[Path, str]) -> Iterator[Finding]:
         for file in case.files:
-            known = file if file in self.by_path else self.by_name.get(file.name, file)
-            wanted = self.by_path.get(known)
-            self.seen.add(known)
-            if wanted is None:
+            known = self._entry(file)
+            if known is None:
                 yield Finding(case.name, "doubt", f"{file.name}: not in the manifest")
-            elif digests.get(file, wanted) != wanted:
+                continue
+            self.seen.add(known)
+            wanted = self.by_path[known]
+            if wanted is not None and digests.get(file, wanted) != wanted:
                 yield Finding(case.name, "fault", f"{file.name}: its sha256 differs from the manifest's")
+
+    def _entry(self, file: Path) -> Path | None:
+        if file in self.by_path:
+            return file
+        return max(self.by_name.get(file.name, ()), key=lambda known: _common_end(file, known), default=None)
 
     def unlisted(self) -> list[Finding]:
         missing = sorted(file.name for file in self.by_path.keys() - self.seen)
         return [Finding("", "doubt", f"the manifest has more files: {_listed(missing)}")] if missing else []
+
+
+def _common_end(a: Path, b: Path) -> int:
+    """How many parts of two paths are the same, counted from the end."""
+    same = (one == other for one, other in zip(reversed(a.parts), reversed(b.parts), strict=False))
+    return sum(1 for _ in takewhile(bool, same))
 
 
 def _channels(dataset: Dataset) -> list[Finding]:

@@ -15,6 +15,7 @@ from medseg3d.data.datasets import SPLITS, Case, Dataset, read_dataset
 from medseg3d.resources import resource_folder
 
 _REQUIRED = {"name", "labels", "source"}
+_REQUIRED_OF_CASES = {"image", "patient", "split"}
 
 
 def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such manifest; the message lists those that ship.
-        ValueError: a patient is in two splits, or a split has another name than train, validation or test.
+        ValueError: the file is no manifest, a case lacks what it must have, a patient is in two splits, or a split has
+            another name than train, validation or test.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -38,7 +40,9 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
             f"{path} is no data manifest: it must have {', '.join(sorted(_REQUIRED))}, as schema.json says"
         )
     split_of: dict[str, str] = {}
-    for case in manifest.get("cases", ()):
+    for number, case in enumerate(manifest.get("cases", ())):
+        if missing := _REQUIRED_OF_CASES - case.keys():
+            raise ValueError(f"{path.name}: case {number} (the first is 0) has no {', '.join(sorted(missing))}")
         if case["split"] not in SPLITS:
             raise ValueError(f"{path.name}: a split is one of {', '.join(SPLITS)}, got {case['split']!r}")
         if split_of.setdefault(case["patient"], case["split"]) != case["split"]:
@@ -155,10 +159,12 @@ def datalist(
     return cases
 
 
-def checksums(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> sha256 of the files of a manifest with cases."""
+def checksums(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    """Path -> sha256, None where it is not given, of the files of a manifest with cases."""
     kinds = ("image", "label")
-    return {case[kind]: case[f"{kind}_sha256"] for case in manifest_cases(manifest) for kind in kinds if kind in case}
+    return {
+        case[kind]: case.get(f"{kind}_sha256") for case in manifest_cases(manifest) for kind in kinds if kind in case
+    }
 
 
 def file_sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -15,6 +16,12 @@ from medseg3d.inference.device import resolve_device
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # id of a train.json -> module and extra that it needs
 
+_KINDS: dict[type, tuple[str, Any]] = {
+    bool: ("true or false", bool),
+    int: ("a whole number", int),
+    float: ("a number", int | float),
+    list: ("a list", list | tuple),
+}
 _LOGGERS = (
     "monai.handlers.StatsHandler",
     *(f"ignite.engine.engine.Supervised{part}" for part in ("Trainer", "Evaluator")),
@@ -47,7 +54,7 @@ def train_bundle(
     Raises:
         FileNotFoundError: the bundle has no train.json, or the dataset folder lacks a file that the manifest names.
         ModuleNotFoundError: an extra is not installed; the message names the command.
-        ValueError: a setting that the train.json does not have.
+        ValueError: a setting that the train.json does not have, or a value of another kind than it has there.
     """
     settings = dict(settings or {})
     _require_modules(settings)
@@ -113,3 +120,14 @@ def _require_ids(configs: list[str], settings: Mapping[str, Any]) -> None:
     if unknown:
         plain = ", ".join(name for name, value in parser.get().items() if not isinstance(value, dict | list))
         raise ValueError(f"the train.json has no {', '.join(unknown)}; it has {plain} and what lies within the others")
+    for name, value in settings.items():
+        _require_kind(name, value, parser[name])
+
+
+def _require_kind(name: str, value: Any, usual: Any) -> None:
+    """A number stays a number and a switch a switch; None, expressions and references may stand for anything."""
+    if value is None or (isinstance(value, str) and value[:1] in "$@%"):
+        return
+    words, kinds = _KINDS.get(type(usual), ("", object))
+    if not isinstance(value, kinds) or (words and isinstance(value, bool) != isinstance(usual, bool)):
+        raise ValueError(f"{name} is {words} in the train.json, such as {json.dumps(usual)}; got {value!r}")

@@ -187,6 +187,27 @@ def test_hashes(case, tmp_path):
     assert found(a, b, quick=True) == [("b", "fault", "b_seg.nii.gz: its sha256 differs from the manifest's")]
 
 
+def test_files_of_one_name_in_several_folders_are_told_apart(case, tmp_path):
+    a, b = case("a"), case("b", ct=image() + 1)
+    cases = []
+    for patient, made in (("p", a), ("q", b)):
+        (tmp_path / "moved" / patient).mkdir(parents=True)
+        for file, name in zip(made.files, ("ct", "seg"), strict=True):
+            file.rename(tmp_path / "moved" / patient / f"{name}.nii.gz")
+        image_file, label_file = (tmp_path / "moved" / patient / f"{name}.nii.gz" for name in ("ct", "seg"))
+        cases.append(replace(made, images=(image_file,), label=label_file))
+    sums = {file: hashlib.sha256(file.read_bytes()).hexdigest() for made in cases for file in made.files}
+    entries = [
+        {"image": f"{patient}/ct.nii.gz", "image_sha256": sums[made.images[0]], "label": f"{patient}/seg.nii.gz"}
+        for patient, made in zip("pq", cases, strict=True)
+    ]
+    dataset = Dataset("d", tmp_path, tuple(cases), LABELS)
+    assert check_dataset(dataset, {"name": "m", "cases": entries}).findings == ()
+    entries[0]["image_sha256"], entries[1]["image_sha256"] = entries[1]["image_sha256"], entries[0]["image_sha256"]
+    found = check_dataset(dataset, {"name": "m", "cases": entries}).findings
+    assert [(f.case, f.grade) for f in found] == [("a", "fault"), ("b", "fault")]
+
+
 def test_pictures(tmp_path):
     def picture(name, rows=8, **more):
         pixels = np.random.default_rng(len(name)).integers(0, 255, (8, 9), np.uint8)

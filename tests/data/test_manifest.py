@@ -191,6 +191,14 @@ def test_a_split_of_another_name_is_refused(saved):
         load_manifest(saved(manifest))
 
 
+@pytest.mark.parametrize("key", ["image", "patient", "split"])
+def test_a_case_that_lacks_what_it_must_have_is_refused(saved, key):
+    manifest = small_manifest()
+    del manifest["cases"][1][key]
+    with pytest.raises(ValueError, match=rf"small\.json: case 1 .* has no {key}"):
+        load_manifest(saved(manifest))
+
+
 def test_an_unknown_name_lists_those_that_ship():
     with pytest.raises(FileNotFoundError, match=r"there is no manifest 'liver'; medseg3d ships .*openkbp_headneck"):
         load_manifest("liver")

@@ -20,11 +20,10 @@ from medseg3d.compare.operations import Operations
 from medseg3d.errors import in_words
 from medseg3d.inference import Downsampled, Slices, SubVolumes
 from medseg3d.inference.strategy import Strategy
-from medseg3d.recipe import STRATEGIES, as_loaded, as_strategy
+from medseg3d.recipe import STRATEGIES, WINDOW_EDGE, as_loaded, as_strategy
 from medseg3d.volume import Volume
 
 DIVISIBLE = 32  # of slices, so that networks of five levels take them
-EDGE = 96  # of windows, for bundles that have none of their own
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _other(name: str, model: str | Path, trust: bool, own: Strategy, image_BC: t
     if name == "slices":
         strategy = Slices(divisible=DIVISIBLE)
     else:
-        strategy = Downsampled() if name == "downsampled" else SubVolumes(EDGE)
+        strategy = Downsampled() if name == "downsampled" else SubVolumes(WINDOW_EDGE)
     changes = {"spatial_dims": 2 if name == "slices" else 3}
     if isinstance(own, Slices):
         changes["in_channels"] = image_BC.shape[1]

@@ -30,6 +30,7 @@ from medseg3d.io.voxels import c_ordered
 from medseg3d.volume import Volume
 
 STRATEGIES: dict[str, type[Strategy]] = {"sub-volumes": SubVolumes, "slices": Slices, "downsampled": Downsampled}
+WINDOW_EDGE = 96  # voxels, of sub-volumes for bundles that have none of their own
 INTERPOLATE, MOVE_LABELS = 1, 0
 
 
@@ -217,7 +218,7 @@ def strategy_named(name: str, network: nn.Module, own: Strategy | None) -> Strat
             f"strategy {name!r} does not suit a network of {2 if flat else 3}D convolutions: take {fitting}"
         )
     kind = STRATEGIES[name]
-    return own if isinstance(own, kind) else kind(96) if kind is SubVolumes else kind()
+    return own if isinstance(own, kind) else kind(WINDOW_EDGE) if kind is SubVolumes else kind()
 
 
 def cropped_to_body(inferer: Any, image: Any, volume: Volume) -> SubVolumes:

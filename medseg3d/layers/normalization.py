@@ -91,6 +91,13 @@ def normalize_and_activate(
     return x if slope is None else F.leaky_relu(x, slope, inplace=residual is not None)
 
 
+def slope_of(act: nn.Module) -> float | None:
+    """The slope below 0 of a ReLU or a leaky one, for `normalize_and_activate`; None for other activations."""
+    if isinstance(act, nn.LeakyReLU):
+        return act.negative_slope
+    return 0.0 if isinstance(act, nn.ReLU) else None
+
+
 def _has_kernels(x: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu"

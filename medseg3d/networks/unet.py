@@ -26,10 +26,34 @@ from medseg3d.layers.convolution import (
     norm_layer,
     per_axis,
 )
+from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.normalization import normalize_and_activate, slope_of
 from medseg3d.layers.transformer import recompute_in_backward
 
 RONNEBERGER_CHANNELS = (64, 128, 256, 512, 1024)
 CICEK_CHANNELS = ((32, 64), (64, 128), (128, 256), (256, 512))
+
+
+class _Convs(nn.Sequential):
+    """Convolution, norm and activation, twice; where no gradient is wanted each works in the convolution's memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
+            if not torch.is_grad_enabled() and is_plain_eager():
+                return self._in_place(x)
+        for layer in self:
+            x = layer(x)
+        return x
+
+    @torch.jit.unused
+    def _in_place(self, x: torch.Tensor) -> torch.Tensor:
+        layers = list(self)
+        for conv, norm, act in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
+            slope = slope_of(act)
+            x = normalize_and_activate(conv(x), norm, slope)
+            if slope is None:
+                x = act(x)
+        return x
 
 
 class UNet(nn.Module):
@@ -91,7 +115,7 @@ class UNet(nn.Module):
                 layers.append(norm_layer(norm, outputs, spatial_dims))
                 layers.append(activation_layer(act))
                 inputs = outputs
-            return nn.Sequential(*layers)
+            return _Convs(*layers)
 
         self.encoder = nn.ModuleList(
             conv_pair(inputs, pair)

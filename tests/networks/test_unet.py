@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from medseg3d.layers.convolution import centre_crop
+from medseg3d.layers.layout import channels_last
 from medseg3d.networks import UNet, cicek_unet, ronneberger_unet
 
 
@@ -177,3 +179,25 @@ def test_checkpointing_changes_no_gradient_and_counts_a_batch_once(norm):
         torch.testing.assert_close(ours, theirs, msg=name)
     with torch.no_grad():
         assert torch.equal(saving.eval()(x), plain.eval()(x)) and len(calls) == 3
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "instance", "group"])
+@pytest.mark.parametrize("act", ["relu", "leakyrelu", "elu"])
+def test_without_gradients_the_result_is_the_same_and_the_input_too(norm, act):
+    torch.manual_seed(0)
+    network = UNet(3, 1, 2, (8, 16), norm=norm, act=act).eval()
+    x = channels_last(torch.randn(2, 1, 8, 12, 16))
+    before, with_gradients = x.clone(), network(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), with_gradients, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+def test_a_million_voxels_cost_group_norm_no_digits():
+    torch.manual_seed(0)
+    network = UNet(3, 1, 2, (8, 16), norm="group", act="leakyrelu").eval()
+    x = torch.randn(1, 1, 64, 128, 128) + 3
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(x.double())
+        ours = network(channels_last(x))
+    assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()  # PyTorch's own sums: 1e-4

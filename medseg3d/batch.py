@@ -308,8 +308,9 @@ class _Run:
 
     def _write(self, case: Case, result: Segmentation | PictureSegmentation) -> CaseResult:
         files = self.plan.files(case)
+        self.ledger.forget(case)  # the files of an earlier run are about to be replaced, one after another
         _write(result, case, files, self.plan)
-        self.ledger.note(case)
+        self.ledger.note(case, files)
         return CaseResult(case, result, files)
 
 
@@ -367,11 +368,19 @@ class _Ledger:
                 self.entries = dict(json.loads(self.path.read_text(encoding="utf-8")))
 
     def finished(self, case: Case, files: dict[str, Path]) -> bool:
-        return all(path.is_file() for path in files.values()) and self.entries.get(case.name) == self._key(case)
+        if not all(path.is_file() for path in files.values()):
+            return False
+        entry = dict(self.entries.get(case.name) or {})
+        written = entry.pop("files", ())
+        return set(files) <= set(written) and entry == self._key(case)
 
-    def note(self, case: Case) -> None:
+    def note(self, case: Case, files: Iterable[str]) -> None:
         if self.path is not None:
-            self.entries[case.name] = self._key(case)
+            self.entries[case.name] = {**self._key(case), "files": sorted(files)}
+            write_json(self.path, self.entries)
+
+    def forget(self, case: Case) -> None:
+        if self.path is not None and self.entries.pop(case.name, None) is not None:
             write_json(self.path, self.entries)
 
     def _key(self, case: Case) -> dict[str, Any]:

@@ -23,10 +23,9 @@ from medseg3d.data.results import as_result, checked_kind
 from medseg3d.inference.device import device_name
 from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.inference.strategy import Strategy, plain
-from medseg3d.io import RASTER_SUFFIXES, LabelTable, read_image, write_text
+from medseg3d.io import RASTER_SUFFIXES, LabelTable, read_image
 from medseg3d.io.formats import split_name
-from medseg3d.io.labels import sidecar_path, sidecar_text
-from medseg3d.io.results import Result, write_result, write_result_json
+from medseg3d.io.results import Result, write_named_result, write_result_json
 from medseg3d.recipe import as_strategy
 from medseg3d.report.overlay import plot
 from medseg3d.report.picture_statistics import picture_statistics
@@ -100,15 +99,7 @@ class PictureSegmentation:
             if isinstance(self.result, SemanticMap):
                 raise ValueError("COCO's JSON holds objects, and this model gives classes alone: save a .png or .tif")
             return write_result_json(path, self.result, self.source)
-        write_result(path, self.result, self.table.colors)
-        if isinstance(self.result, SemanticMap):
-            text = sidecar_text(self.table, path, self.source)
-            try:
-                write_text(sidecar_path(path), text)
-            except OSError:
-                path.unlink()
-                raise
-        return path
+        return write_named_result(path, self.result, self.table, self.source)
 
     def statistics(self) -> dict[str, Any]:
         """Area, place and intensity of each class and object; see

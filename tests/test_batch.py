@@ -274,6 +274,29 @@ def test_resume_does_again_what_has_changed(model, ct_file, tmp_path, monkeypatc
     assert again()
 
 
+def test_resume_takes_no_file_of_another_model(model, ct_file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    plain, with_statistics = OutputPlan(out), OutputPlan(out, statistics=True)
+
+    def resumed(plan):
+        (result,) = predict_many(model, ct_file, plan, resume=True)
+        assert result.error is None
+        return result.resumed
+
+    list(predict_many(model, ct_file, with_statistics))
+    with monkeypatch.context() as other:
+        other.setitem(model.record, "bundle_sha256", "another model")
+        list(predict_many(model, ct_file, plain))
+        assert resumed(plain) and not resumed(with_statistics)  # the statistics there were those of the first
+        assert resumed(with_statistics) and resumed(plain)
+    list(predict_many(model, ct_file, plain))
+    with monkeypatch.context() as other:
+        other.setitem(model.record, "bundle_sha256", "another model")
+        other.setattr("medseg3d.batch._Ledger.note", lambda *_: None)  # killed before it
+        list(predict_many(model, ct_file, plain))
+    assert not resumed(plain)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
 def test_a_damaged_ledger_costs_only_time(text, model, ct_file, tmp_path):
     (tmp_path / "finished.json").write_text(text)

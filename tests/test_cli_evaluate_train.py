@@ -125,7 +125,11 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
     assert code == 1 and "has no configs/train.json" in err[0]
     code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", "learning=2")
     assert code == 1 and "the train.json has no learning; it has" in err[-1] and "learning_rate" in err[-1]
+    for setting in ("network_def::use_checkpoint=true", "loss::smooth=0.1"):  # arguments that train.json leaves alone
+        code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", setting)
+        assert code == 1 and "is not in the dataset folder" in err[-1]
     for setting, words in (
+        ("network_def::depth=3", "the train.json has no network_def::depth"),
         ("epochs=many", "epochs is a whole number in the train.json, such as "),
         ("epochs=2.5", "got 2.5"),
         ("epochs=true", "got True"),

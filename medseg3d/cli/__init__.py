@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ERROR
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if args.verbose:
-            raise
+            traceback.print_exc()
         say(f"error: {in_words(error)}")
         return OVER_MEMORY if is_out_of_memory(error) else ERROR
 

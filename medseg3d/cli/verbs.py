@@ -33,10 +33,7 @@ def evaluate(args: argparse.Namespace) -> int:
         labels = table.names
     annotated = None
     if args.manifest:
-        from medseg3d.data.manifest import load_manifest, manifest_cases
-
-        cases = manifest_cases(load_manifest(args.manifest))
-        annotated = {Path(case["image"]).name: case["contoured"] for case in cases if "contoured" in case}
+        annotated = _contoured(args.manifest)
     result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
     for path, reason in result.unpaired:
         say(f"left out {path}: {reason}")
@@ -49,6 +46,22 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.output:
         print(write_evaluation_csv(args.output, result.rows))
     return SOME_FAILED if result.failures else DONE
+
+
+def _contoured(manifest: str) -> dict[str, list[int]]:
+    """File name of an image -> the labels that were looked for in it."""
+    from medseg3d.data.manifest import load_manifest, manifest_cases
+
+    found: dict[str, list[int]] = {}
+    for case in manifest_cases(load_manifest(manifest)):
+        if "contoured" in case:
+            name = Path(case["image"]).name
+            if found.setdefault(name, case["contoured"]) != case["contoured"]:
+                raise ValueError(
+                    f"{manifest} has several images called {name} with different labels that were looked for, so the "
+                    "files to evaluate cannot be told apart; evaluate them without --manifest, or rename the images"
+                )
+    return found
 
 
 def _are_pictures(path: str) -> bool:
@@ -82,7 +95,7 @@ def _label_maps(path: str) -> list[Path]:
     if not target.exists():
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(target))
     files = sorted(target.iterdir()) if target.is_dir() else [target]
-    return [file for file in files if split_name(file)[1] in WRITABLE]
+    return [file for file in files if split_name(file)[1] in WRITABLE and not file.name.startswith(".")]
 
 
 def train(args: argparse.Namespace) -> int:

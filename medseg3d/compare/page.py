@@ -26,7 +26,7 @@ _MARKS = (
     "(Wilcoxon signed rank test, p ≥ 0.05 after Holm)."
 )
 _COSTS = {"seconds": "seconds a case", "cpu_seconds": "CPU seconds a case", "gflop": "GFLOP a case"}
-_COSTS |= {"peak_memory_mb": "peak memory, MB"}
+_COSTS |= {"peak_memory_mb": "peak memory, MiB"}
 
 
 def write_page(comparison: Comparison, summary: Summary, path: Path) -> Path:

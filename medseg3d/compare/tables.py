@@ -63,7 +63,7 @@ def cost_table(comparison: Comparison, summary: Summary) -> Table:
     """A row for each model: how good, at what cost."""
     device = any(row["device_peak_mb"] is not None for row in comparison.costs)
     columns = ["model", "mean Dice", "NSD", "HD95 mm", "volume error %", "missed"]
-    columns += ["parameters M", "GFLOP", "seconds", "peak memory MB", *(["on the device MB"] if device else [])]
+    columns += ["parameters M", "GFLOP", "seconds", "peak memory MiB", *(["on the device MiB"] if device else [])]
     rows = []
     for model in comparison.models:
         failed = comparison.failed(model.name)

@@ -72,7 +72,8 @@ class Worker:
         if self._bench is not None:
             return _in_words(self._bench.measure, case, prediction)
         assert self._line is not None
-        self._line.send((case, prediction))
+        with suppress(ConnectionError):  # the process died meanwhile, which its answer tells
+            self._line.send((case, prediction))
         return self._answer()
 
     def _answer(self) -> Any:
@@ -106,6 +107,7 @@ def _messages() -> tuple[int, list[Any]]:
 def _serve(line: Connection, messages: tuple[int, list[Any]], contender: Contender, conditions: Conditions) -> None:
     """What the process does: load, then measure what comes along the line until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which ends this one
+    signal.signal(signal.SIGTERM, _leave)
     logging.basicConfig(level=messages[0], format="%(message)s")
     warnings.filters[:] = messages[1]  # type: ignore[index]
     try:
@@ -125,6 +127,11 @@ def _serve(line: Connection, messages: tuple[int, list[Any]], contender: Contend
             except Failed as failed:
                 answer = None, str(failed)
             line.send(answer)
+
+
+def _leave(number: int, _: Any) -> None:
+    """End by an exception, on whose way half-written files are removed."""
+    raise SystemExit(128 + number)
 
 
 def _in_words(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -175,10 +175,11 @@ def _finished(
     if not entries:
         raise ValueError(f"{name} lists no case: there must be at least one under {' or '.join(_SECTIONS)}")
     images = [_images(root, entry) for _, entry in entries]
-    names = _names([str(entry.get("case", "")) for _, entry in entries], images, root)
+    names = case_names([str(entry.get("case", "")) for _, entry in entries], images, root)
     cases = []
     for (split, entry), files, case in zip(entries, images, names, strict=True):
         label, fold, contoured = entry.get("label"), entry.get("fold"), entry.get("contoured")
+        patient = entry.get("patient")
         if not isinstance(contoured, list | None):
             raise ValueError(f'{case}: "contoured" is a list of label numbers, such as [1, 2], got {contoured!r}')
         if label is not None and not isinstance(label, str):
@@ -188,7 +189,7 @@ def _finished(
                 name=case,
                 images=files,
                 label=root / label if label else None,
-                patient=str(entry.get("patient") or case),
+                patient=str(case if patient in (None, "") else patient),
                 split=split,
                 fold=None if fold in (None, "") else _whole(fold, f"{case}: a fold"),
                 annotated=None if contoured is None else tuple(_whole(n, f"{case}: a label") for n in contoured),
@@ -218,7 +219,7 @@ def _images(root: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _names(given: Sequence[str], images: Sequence[tuple[Path, ...]], root: Path) -> list[str]:
+def case_names(given: Sequence[str], images: Sequence[tuple[Path, ...]], root: Path) -> list[str]:
     """A name for each case: the given one, else its first image's, which gets its folders where it is not alone."""
     stems = [name or _CHANNEL.sub("", split_name(files[0])[0]) for name, files in zip(given, images, strict=True)]
     count = Counter(stems)
@@ -232,7 +233,7 @@ def _names(given: Sequence[str], images: Sequence[tuple[Path, ...]], root: Path)
 
 
 def _read_json(path: Path, root: Path) -> Dataset:
-    data = _document(path)
+    data = read_document(path)
     if not any(isinstance(data.get(section), list) for section in _SECTIONS):
         raise ValueError(f"{path} is no datalist, it has no list {', '.join(_SECTIONS)}; medseg3d reads {TAKEN}")
     entries = [
@@ -256,7 +257,17 @@ def _lists_cases(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(entry, Mapping) and "image" in entry for entry in value)
 
 
-def _document(path: Path) -> Mapping[str, Any]:
+def is_datalist(path: Path) -> bool:
+    """Whether a JSON file is a datalist, or may be one that is damaged, rather than a manifest."""
+    try:
+        data = read_document(path)
+    except ValueError:
+        return True  # which read_dataset will refuse
+    return any(isinstance(data.get(section), list) for section in _SECTIONS) or not data.keys() & {"cases", "source"}
+
+
+def read_document(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file; ValueError, with the path, if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -288,13 +299,18 @@ def _read_folder(folder: Path) -> Dataset:
     listing = folder / "dataset.json"
     if not listing.is_file() and not (folder / "imagesTr").is_dir():
         raise ValueError(f"{folder} has neither a dataset.json nor a folder imagesTr; medseg3d reads {TAKEN}")
-    data = _document(listing) if listing.is_file() else {}
+    data = read_document(listing) if listing.is_file() else {}
     if isinstance(data.get("training"), list):
         return _read_json(listing, folder)
     notes: list[str] = []
     entries: Sequence[_Entry]
     if isinstance(data.get("dataset"), Mapping):  # version 2 may list its cases by name
         listed = data["dataset"].items()
+        for name, entry in listed:
+            if not isinstance(entry, Mapping):
+                raise ValueError(
+                    f'{listing}: a case of "dataset" is {{"images": [paths], "label": path}}, {name!r} is {entry!r}'
+                )
         entries = [("train", {"case": name, "image": e.get("images"), "label": e.get("label")}) for name, e in listed]
     else:
         ending = str(data.get("file_ending", "")).lower()
@@ -335,7 +351,10 @@ def _stem(file: Path, ending: str) -> str:
 
 def _csv_entries(path: Path, notes: list[str]) -> list[_Entry]:
     """The rows; columns whose name in the first line is unknown go to the notes."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it as CSV UTF-8") from error
     first = text.split("\n", 1)[0]
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=_delimiter(first))]
     rows = [row for row in rows if any(row)]

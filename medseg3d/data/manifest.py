@@ -5,13 +5,11 @@ Never images. A manifest without cases describes a set to be fetched by whoever 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medseg3d.data.datasets import SPLITS, Case, Dataset, read_dataset
+from medseg3d.data.datasets import SPLITS, Case, Dataset, case_names, is_datalist, read_dataset, read_document
 from medseg3d.resources import resource_folder
 
 _REQUIRED = {"name", "labels", "source"}
@@ -34,13 +32,18 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"there is no manifest {str(name_or_path)!r}; medseg3d ships {', '.join(shipped_manifests())}"
             )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or not manifest.keys() >= _REQUIRED:
+    manifest = dict(read_document(path))
+    if not manifest.keys() >= _REQUIRED:
         raise ValueError(
             f"{path} is no data manifest: it must have {', '.join(sorted(_REQUIRED))}, as schema.json says"
         )
+    for key, kind, words in (("source", dict, "an object"), ("labels", dict, "an object"), ("cases", list, "a list")):
+        if not isinstance(manifest.get(key, kind()), kind):
+            raise ValueError(f"{path.name}: {key!r} is {words}, as schema.json says, got {manifest[key]!r}")
     split_of: dict[str, str] = {}
     for number, case in enumerate(manifest.get("cases", ())):
+        if not isinstance(case, dict):
+            raise ValueError(f"{path.name}: case {number} (the first is 0) is no object, but {case!r}")
         if missing := _REQUIRED_OF_CASES - case.keys():
             raise ValueError(f"{path.name}: case {number} (the first is 0) has no {', '.join(sorted(missing))}")
         if case["split"] not in SPLITS:
@@ -70,17 +73,20 @@ def manifest_dataset(manifest: str | Path | Mapping[str, Any], dataset_dir: str 
     """The data set of a manifest with cases; ValueError as in `manifest_cases`."""
     loaded = manifest if isinstance(manifest, Mapping) else load_manifest(manifest)
     root = Path(dataset_dir)
+    listed = manifest_cases(loaded)
+    images = [(root / case["image"],) for case in listed]
+    names = case_names([""] * len(listed), images, root)
     cases = tuple(
         Case(
-            name=Path(case["image"]).name.split(".")[0],
-            images=(root / case["image"],),
+            name=name,
+            images=files,
             label=root / case["label"] if "label" in case else None,
             patient=case["patient"],
             split=case["split"],
             fold=case.get("fold"),
             annotated=tuple(case["contoured"]) if "contoured" in case else None,
         )
-        for case in manifest_cases(loaded)
+        for case, name, files in zip(listed, names, images, strict=True)
     )
     return Dataset(
         name=loaded["name"],
@@ -104,7 +110,9 @@ def dataset_of(source: str | Path | Mapping[str, Any], dataset_dir: str | Path |
     """
     if not isinstance(source, Mapping):
         path = Path(source).expanduser()
-        if path.is_dir() or path.suffix.lower() in (".csv", ".tsv") or (path.suffix == ".json" and _is_list(path)):
+        if str(source) not in shipped_manifests() and (
+            path.is_dir() or path.suffix.lower() in (".csv", ".tsv") or (path.suffix == ".json" and is_datalist(path))
+        ):
             return read_dataset(path, dataset_dir)
         source = load_manifest(path)
     if dataset_dir is None:
@@ -165,24 +173,6 @@ def checksums(manifest: Mapping[str, Any]) -> dict[str, str | None]:
     return {
         case[kind]: case.get(f"{kind}_sha256") for case in manifest_cases(manifest) for kind in kinds if kind in case
     }
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _is_list(path: Path) -> bool:
-    """Whether a JSON file is a datalist rather than a manifest."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return True  # which read_dataset will refuse
-    return not isinstance(data, Mapping) or not data.keys() & {"cases", "source"}
 
 
 def _source(manifest: Mapping[str, Any]) -> str:

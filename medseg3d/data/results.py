@@ -11,7 +11,8 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from medseg3d.io.results import Result, write_result, write_result_json
+from medseg3d.io import LabelTable
+from medseg3d.io.results import Result, write_named_result, write_result_json
 from medseg3d.tasks import VOID, Categories, Category, Instances, Panoptic, Segment, SemanticMap
 from medseg3d.tasks.regions import regions_of
 
@@ -56,7 +57,8 @@ def as_result(prediction: Any, kind: Kind, categories: Categories) -> Result:
 
 
 class SaveResultd(MapTransform):
-    """Writes what `as_result` makes of a prediction as `<picture>_seg.png`, and `<picture>_seg.json` but for classes.
+    """Writes what `as_result` makes of a prediction as `<picture>_seg.png`, and `<picture>_seg.json` but for classes,
+    whose names go into `<picture>_seg.labels.json`.
 
     The files are those of ``medseg3d predict``; the prediction stays as it was. A detector's list of one picture, as a
     MONAI evaluator hands it on with ``"decollate": false``, is taken too.
@@ -83,6 +85,7 @@ class SaveResultd(MapTransform):
         self.output_dir = Path(output_dir)
         self.kind = checked_kind(kind)
         self.categories = named(categories, stuff)
+        self.table = LabelTable({number: category.name for number, category in self.categories.items()})
         self.orig_keys = orig_keys
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -95,7 +98,7 @@ class SaveResultd(MapTransform):
             stem = self.output_dir / f"{picture.stem}_seg"
             if not isinstance(result, SemanticMap):
                 write_result_json(f"{stem}.json", result, picture.name)
-            write_result(f"{stem}.png", result)
+            write_named_result(f"{stem}.png", result, self.table, picture.name)
         return dict(data)
 
 

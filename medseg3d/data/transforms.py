@@ -209,8 +209,23 @@ def applied_frame(image: MetaTensor) -> Frame:
 def _move_labels(frame: Frame, array: np.ndarray) -> np.ndarray:
     present = np.unique(array)
     numbers = np.concatenate([[0], present[present > 0]]).astype(np.int64)
-    winners = labels_by_interpolation(frame, [array[0] == number for number in numbers])
+    winners = labels_by_interpolation(frame, _Masks(array[0], numbers))
     return numbers[winners].astype(np.uint8 if numbers[-1] <= 255 else np.uint16)[None]
+
+
+class _Masks(Sequence[np.ndarray]):
+    """Where an array has each of some numbers; a mask is made when it is asked for."""
+
+    def __init__(self, array: np.ndarray, numbers: np.ndarray) -> None:
+        self.array, self.numbers = array, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Masks(self.array, self.numbers[index])
+        return self.array == self.numbers[index]
 
 
 def _own(array: np.ndarray) -> np.ndarray:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from medseg3d.io.atomic import write_text
 from medseg3d.io.coco import category_entries, read_document, write_coco, write_document
 from medseg3d.io.formats import split_name
+from medseg3d.io.labels import LabelTable, sidecar_path, sidecar_text
 from medseg3d.io.panoptic import segment_entries, write_panoptic_png
 from medseg3d.io.raster import write_image, write_label_image
 from medseg3d.tasks import Instances, Panoptic, SemanticMap
@@ -38,6 +40,22 @@ def write_result(path: str | Path, result: Result, colors: Mapping[int, tuple[in
             f"a label image numbers up to {_MOST} objects, got {len(result)}: write JSON, or cut the picture in parts"
         )
     return write_image(path, result.label_map().astype(np.uint16))
+
+
+def write_named_result(path: str | Path, result: Result, table: LabelTable, source: str) -> Path:
+    """The same in the colours of ``table``, whose names of classes go into `<stem>.labels.json` beside a semantic map.
+
+    Args:
+        source: the picture's file name.
+    """
+    path = write_result(path, result, table.colors)
+    if isinstance(result, SemanticMap):
+        try:
+            write_text(sidecar_path(path), sidecar_text(table, path, source))
+        except OSError:
+            path.unlink()
+            raise
+    return path
 
 
 def write_result_json(path: str | Path, result: Instances | Panoptic, file_name: str, drawn: str = "") -> Path:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medseg3d.geometry import Geometry
+from medseg3d.io.digest import file_sha256
 from medseg3d.report.records import grid_record, write_json
 from medseg3d.version import __version__
 
 _PACKAGES = ("medseg3d", "numpy", "scipy", "torch", "monai", "nibabel", "SimpleITK")
 _DECISIVE = ("configs", "scripts", "models")  # the folders of a bundle on which its results depend
-_CHUNK = 1 << 20
 
 T = TypeVar("T")
 
@@ -77,15 +77,6 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = __version__ if package == "medseg3d" else None  # a checkout that was not installed
     return found
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def input_sha256(path: str | Path) -> str:

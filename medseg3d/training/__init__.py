@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medseg3d.training.averaging import AveragedWeights
-    from medseg3d.training.checkpoint import ResumeFromLast
+    from medseg3d.training.checkpoint import BestWeights, ResumeFromLast
     from medseg3d.training.curves import Curves
     from medseg3d.training.guard import Guarded
     from medseg3d.training.iterations import DetectionIteration, Diverged, SegmentationIteration, channels_last
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "AveragedWeights": "averaging",
+    "BestWeights": "checkpoint",
     "Curves": "curves",
     "DetectionIteration": "iterations",
     "Diverged": "iterations",
@@ -44,6 +45,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AveragedWeights",
+    "BestWeights",
     "Curves",
     "DetectionIteration",
     "Diverged",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,34 +12,70 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from monai.handlers import CheckpointSaver
+from monai.engines import Evaluator
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from medseg3d.io import write_atomic
+
 logger = logging.getLogger(__name__)
+
+
+class BestWeights:
+    """Handler of an evaluator that keeps the weights with the best key metric, in the format of ``models/model.pt``.
+
+    A new file takes the place of the old one only when it is whole: a killed run, or a full disk, leaves the earlier
+    best. Put it into the ``save_dict`` of :class:`ResumeFromLast`, so that a worse network of a resumed run does not
+    replace a better one.
+
+    Args:
+        path: the file.
+        network: whose ``state_dict`` is kept, such as ``ema.network``; without ``DistributedDataParallel``'s prefix.
+    """
+
+    def __init__(self, path: str | Path, network: nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.best: float | None = None
+
+    def attach(self, engine: Evaluator) -> None:
+        engine.add_event_handler(Events.COMPLETED, self._look)
+
+    def _look(self, engine: Evaluator) -> None:
+        metric = engine.state.key_metric_name
+        if metric not in engine.state.metrics:
+            raise ValueError("BestWeights needs a key metric to go by: give the evaluator a key_val_metric")
+        score = float(engine.state.metrics[metric])
+        if math.isnan(score) or not (self.best is None or engine.metric_cmp_fn(score, self.best)):
+            return
+        state = unwrapped(self.network).state_dict()
+        write_atomic(self.path, lambda file: torch.save(state, file))
+        self.best = score
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"]
 
 
 class ResumeFromLast:
     """Handler that saves everything after each epoch and, when a run starts, takes up what the last one left.
 
     MONAI's ``CheckpointLoader`` and ``CheckpointSaver`` cannot hold the trainer itself in a bundle's config, because
-    the trainer holds them. The file is written beside its place and then renamed, so a killed run leaves the previous
-    one. With several processes each loads it and the first one writes it; parameters keep the names that they have
-    without ``DistributedDataParallel``, so a run may go on with another number of processes. It may also go on to more
-    epochs, unless it had ended and its learning rate is 0: then the handler raises ValueError.
+    the trainer holds them. A file takes the place of the last one only when it is whole. With several processes each
+    loads it and the first one writes it; parameters keep the names that they have without ``DistributedDataParallel``,
+    so a run may go on with another number of processes. It may also go on to more epochs, unless it had ended and its
+    learning rate is 0: then, and where the file is damaged or another train.json's, the handler raises ValueError.
 
     Args:
         path: the checkpoint file; a run starts afresh where it does not exist.
         save_dict: name -> object with ``state_dict`` and ``load_state_dict``.
-        best_saver: the handler that keeps the best checkpoint of the validation; it will remember the best score, so
-            that a worse network of a resumed run does not replace a better one.
     """
 
-    def __init__(
-        self, path: str | Path, save_dict: Mapping[str, Any], best_saver: CheckpointSaver | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, save_dict: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.save_dict = dict(save_dict)
-        self.best_saver = best_saver
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -53,7 +90,12 @@ class ResumeFromLast:
     def load(self, engine: Engine) -> None:
         if not self.path.is_file():
             return
-        checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.path} is damaged, so its run cannot go on: delete it, or choose another output folder"
+            ) from error
         missing = [name for name in self.save_dict if name not in checkpoint]
         if missing:
             raise ValueError(
@@ -65,8 +107,6 @@ class ResumeFromLast:
             if hasattr(target, "total_iters"):  # a schedule of the learning rate now ends where this run shall end
                 state = {**state, "total_iters": target.total_iters}
             unwrapped(target).load_state_dict(state)
-        if self.best_saver is not None and "best" in checkpoint:
-            self.best_saver.load_state_dict(checkpoint["best"])
         engine.state.epoch = checkpoint["epoch"]
         engine.state.iteration = checkpoint["iteration"]
         self._check_rate(engine)
@@ -84,14 +124,9 @@ class ResumeFromLast:
     def save(self, engine: Engine) -> None:
         if idist.get_rank() > 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = {name: unwrapped(source).state_dict() for name, source in self.save_dict.items()}
         checkpoint |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
-        if self.best_saver is not None and self.best_saver._key_metric_checkpoint is not None:
-            checkpoint["best"] = self.best_saver._key_metric_checkpoint.state_dict()
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, self.path)
+        write_atomic(self.path, lambda file: torch.save(checkpoint, file))
 
 
 def unwrapped(item: Any) -> Any:

@@ -56,7 +56,8 @@ class Curves:
         loss = float(torch.stack(self._losses).float().mean()) if self._losses else float("nan")
         loss = float(idist.all_reduce(loss)) / idist.get_world_size()
         score, metric = self._score(engine.state.epoch), str(self.evaluator.state.key_metric_name)
-        engine.state.metrics = {"loss": loss, **({} if score is None else {metric: score})}
+        engine.state.metrics.pop(metric, None)  # of an earlier epoch, or of the training windows
+        engine.state.metrics |= {"loss": loss, **({} if score is None else {metric: score})}
         if idist.get_rank() > 0:
             return
         seconds = engine.state.times[Events.EPOCH_COMPLETED.name]

@@ -7,7 +7,9 @@ import logging
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -116,12 +118,23 @@ def _require_modules(settings: Mapping[str, Any]) -> None:
 def _require_ids(configs: list[str], settings: Mapping[str, Any]) -> None:
     parser = ConfigParser()
     parser.read_config(configs)
-    unknown = [name for name in settings if name not in parser]
+    unknown = [name for name in settings if name not in parser and not _is_argument(name, parser)]
     if unknown:
         plain = ", ".join(name for name, value in parser.get().items() if not isinstance(value, dict | list))
         raise ValueError(f"the train.json has no {', '.join(unknown)}; it has {plain} and what lies within the others")
     for name, value in settings.items():
-        _require_kind(name, value, parser[name])
+        if name in parser:
+            _require_kind(name, value, parser[name])
+
+
+def _is_argument(name: str, parser: ConfigParser) -> bool:
+    """Whether ``component::argument`` is one that the component's class takes and the train.json leaves as it is."""
+    component, _, argument = name.rpartition("::")
+    content = parser[component] if component and component in parser else None
+    target = locate(str(content.get("_target_"))) if isinstance(content, dict) else None
+    if not callable(target):
+        return False
+    return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in signature(target).parameters.values())
 
 
 def _require_kind(name: str, value: Any, usual: Any) -> None:

@@ -64,6 +64,7 @@ class StopEarly:
         if (ends or epoch == engine.state.max_epochs) and self.evaluator.state.epoch != epoch:
             self.evaluator.run(epoch)
             self._note(epoch)
+            ends = late or self._without_gain(epoch)  # its validation may be the best so far
         if ends and epoch != engine.state.max_epochs:
             logger.info("the run ends after epoch %d: %s", epoch, "its time is up" if late else "no gain")
             engine.terminate()

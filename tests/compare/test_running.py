@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from medseg3d.compare import Contender, compare
+from medseg3d.compare.contenders import Conditions, contenders_of
 from medseg3d.compare.measuring import Bench
+from medseg3d.compare.worker import Failed, Worker
 from medseg3d.data.datasets import Case
 from medseg3d.io import write_label_map
 from medseg3d.io.labels import LabelTable
@@ -160,3 +162,22 @@ def test_a_model_has_a_process_of_its_own_and_may_die_in_it(bundles, cases, tmp_
     assert row["model"] == "bone_ct_threshold" and row["dice"] > 0.9
     record = json.loads((tmp_path / "out" / "bone_ct_threshold" / "first.json").read_text())
     assert record["costs"]["peak_memory_mb"] >= record["costs"]["held_before_mb"] > 100
+
+
+def test_a_process_that_ends_between_two_cases_is_told(bundles, cases, tmp_path):
+    (contender,), conditions = contenders_of([bundles.threshold]), Conditions({1: "bone"}, "cpu", trust=True)
+    with Worker(contender, conditions) as worker:
+        worker.load()
+        worker._process.kill()
+        worker._process.join()
+        with pytest.raises(Failed, match=r"the model's process ended for want of memory, it may be \(exit code -9\)"):
+            worker.measure(cases[0], tmp_path / "first.nii.gz")
+
+
+def test_a_process_that_is_ended_cleans_up(bundles):
+    (contender,), conditions = contenders_of([bundles.threshold]), Conditions({1: "bone"}, "cpu", trust=True)
+    with Worker(contender, conditions) as worker:
+        worker.load()
+        worker._process.terminate()
+        worker._process.join()
+        assert worker._process.exitcode == 128 + 15  # by an exception, not by the signal

@@ -24,8 +24,8 @@ def test_a_row_for_each_model():
     assert best["mean Dice"].best and not other["mean Dice"].best and not other["mean Dice"].alike
     assert (best["GFLOP"].text, best["GFLOP"].detail) == ("100", "18 windows")
     assert (other["seconds"].text, other["seconds"].detail) == ("6.00", "CPU 6.00")
-    assert (other["peak memory MB"].text, other["parameters M"].text) == ("750", "4.50")
-    assert "on the device MB" not in table.columns and "busy" not in table.note
+    assert (other["peak memory MiB"].text, other["parameters M"].text) == ("750", "4.50")
+    assert "on the device MiB" not in table.columns and "busy" not in table.note
 
 
 def test_what_cannot_be_told_from_the_best_is_marked():
@@ -74,7 +74,7 @@ def test_figures_of_a_gpu_have_a_column():
     comparison = made_up(patients=3)
     on_gpu = tuple({**one, "device_peak_mb": 1234.4} for one in comparison.costs)
     table = cost_table(replace(comparison, costs=on_gpu), summarise(comparison))
-    assert cells(table, "ct_unet")["on the device MB"].text == "1234"
+    assert cells(table, "ct_unet")["on the device MiB"].text == "1234"
 
 
 def test_a_table_in_markdown_and_on_a_terminal():

@@ -187,6 +187,21 @@ def test_hashes(case, tmp_path):
     assert found(a, b, quick=True) == [("b", "fault", "b_seg.nii.gz: its sha256 differs from the manifest's")]
 
 
+def test_a_file_that_cannot_be_read_does_not_stop_the_check(case, monkeypatch):
+    from medseg3d.data import check
+
+    a, b = case("a"), case("b")
+    digest = check.file_sha256
+
+    def fails(path):
+        if path == a.images[0]:
+            raise PermissionError(13, "permission denied", str(path))
+        return digest(path)
+
+    monkeypatch.setattr(check, "file_sha256", fails)
+    assert findings(a, b) == []
+
+
 def test_files_of_one_name_in_several_folders_are_told_apart(case, tmp_path):
     a, b = case("a"), case("b", ct=image() + 1)
     cases = []

@@ -37,6 +37,18 @@ def files(dataset):
     return [(c.name, [f.name for f in c.images], c.label and c.label.name) for c in dataset.cases]
 
 
+def test_patient_0_is_a_patient(save):
+    entries = [
+        {"image": f"{name}.nii.gz", "patient": patient} for name, patient in zip("abcd", (0, 0, 1, ""), strict=True)
+    ]
+    assert [case.patient for case in read_dataset(save("list.json", {"training": entries})).cases] == [
+        "0",
+        "0",
+        "1",
+        "d",
+    ]
+
+
 class TestDatalist:
     def test_of_monai(self, save, tmp_path):
         document = {

@@ -13,7 +13,8 @@ import pytest
 
 from medseg3d.data.datasets import SPLITS
 from medseg3d.data.folds import make_folds
-from medseg3d.data.manifest import checksums, datalist, file_sha256, load_manifest, manifest_dataset, shipped_manifests
+from medseg3d.data.manifest import checksums, datalist, dataset_of, load_manifest, manifest_dataset, shipped_manifests
+from medseg3d.io.digest import file_sha256
 
 FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema")
@@ -189,6 +190,45 @@ def test_a_split_of_another_name_is_refused(saved):
     manifest["cases"][1]["split"] = "val"
     with pytest.raises(ValueError, match="a split is one of train, validation, test, got 'val'"):
         load_manifest(saved(manifest))
+
+
+def test_cases_of_one_file_name_have_names_of_their_own(saved, tmp_path):
+    manifest = small_manifest()
+    for case in manifest["cases"]:
+        case["image"] = f"{case['patient']}/1.2.840.ct.nii.gz"
+    names = [case.name for case in manifest_dataset(saved(manifest), tmp_path).cases]
+    assert names == ["p0_1.2.840.ct", "p1_1.2.840.ct", "p2_1.2.840.ct"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source": "https://example.org"}, "'source' is an object, as schema.json says, got 'https"),
+        ({"cases": None}, "'cases' is a list, .* got None"),
+        ({"cases": [1]}, r"case 0 \(the first is 0\) is no object, but 1"),
+        ({"labels": ["liver"]}, "'labels' is an object"),
+    ],
+)
+def test_a_damaged_manifest_is_told(saved, change, words):
+    with pytest.raises(ValueError, match=rf"small\.json: .*{words}"):
+        load_manifest(saved(small_manifest() | change))
+
+
+def test_a_file_that_is_not_json_is_told(tmp_path):
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(ValueError, match=r"m\.json is not JSON"):
+        load_manifest(tmp_path / "m.json")
+
+
+def test_a_folder_of_its_name_does_not_hide_a_manifest(tmp_path, monkeypatch):
+    (tmp_path / "openkbp_headneck").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert dataset_of("openkbp_headneck", tmp_path).name == "openkbp_headneck"
+
+
+def test_a_datalist_with_a_source_is_a_datalist(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps({"source": "a clinic", "training": [{"image": "a.nii.gz"}]}))
+    assert [case.name for case in dataset_of(tmp_path / "list.json", tmp_path).cases] == ["a"]
 
 
 @pytest.mark.parametrize("key", ["image", "patient", "split"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from medseg3d.data.results import as_result, named
-from medseg3d.io import read_panoptic
+from medseg3d.data.results import SaveResultd, as_result, named
+from medseg3d.io import read_label_table, read_panoptic
 from medseg3d.networks import UPSNet
 from medseg3d.networks.backbones.fpn import resnet_fpn_backbone
 from tests import tiny_pictures as tiny
@@ -95,3 +95,14 @@ def test_detections_without_a_pixel_are_left_out():
     np.testing.assert_allclose(result.scores, [0.9, 0.7], rtol=1e-6)
     none = {name: value[:0] for name, value in found.items()} | {"scores": torch.zeros(0)}
     assert len(as_result(none, "instances", named({"1": "cell"}))) == 0
+
+
+def test_names_of_classes_go_beside_a_semantic_map(tmp_path):
+    """As ``predict`` writes them; by them ``evaluate`` tells classes from numbered objects."""
+    from monai.data import MetaTensor
+
+    saver = SaveResultd("pred", tmp_path, "semantic", {"0": "background", "1": "cell", "2": "vessel"})
+    image = MetaTensor(torch.zeros(1, 4, 5), meta={"filename_or_obj": "slides/a.png"})
+    saver({"image": image, "pred": torch.ones(1, 4, 5, dtype=torch.uint8)})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a_seg.labels.json", "a_seg.png"]
+    assert read_label_table(tmp_path / "a_seg.png").names == {1: "cell", 2: "vessel"}

@@ -43,9 +43,10 @@ def test_small_maps(kernel, size, through):
 
 def test_an_error_leaves_autocast_as_it_was():
     network = nn.Sequential(nn.Conv3d(16, 16, 3, padding=1))
-    with pytest.raises(RuntimeError), thin_maps_in_float32(network), torch.autocast("cpu", torch.bfloat16):
-        network(torch.randn(2, 8, 2, 2, 2))
-    assert not torch.is_autocast_enabled("cpu") and not network[0]._forward_hooks
+    with torch.autocast("cpu", torch.bfloat16):
+        with thin_maps_in_float32(network), pytest.raises(RuntimeError):
+            network(torch.randn(2, 8, 2, 2, 2))
+        assert torch.is_autocast_enabled("cpu") and not network[0]._forward_hooks
 
 
 def test_a_step_of_training_is_protected():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import operator
+from types import SimpleNamespace
+
 import ignite.distributed as idist
 import pytest
 import torch
-from ignite.engine import Engine, Events
-from monai.handlers import CheckpointSaver
+from ignite.engine import Engine, Events, State
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import PolynomialLR
 
-from medseg3d.training import ResumeFromLast
+from medseg3d.training import BestWeights, ResumeFromLast
 
 
 class Training:
@@ -25,14 +28,13 @@ class Training:
         self.validator = Engine(lambda engine, batch: None)
         self.validator.state_dict_user_keys.append("key_metric_name")
         self.validator.state.key_metric_name = "dice"
-        saver = CheckpointSaver(
-            str(folder), {"model": self.network}, save_key_metric=True, key_metric_filename="best.pt"
-        )
-        saver.attach(self.validator)
+        self.validator.metric_cmp_fn = operator.gt
+        best = BestWeights(folder / "best.pt", self.network)
+        best.attach(self.validator)
         self.rates = []
         self.trainer = Engine(lambda engine, batch: self.rates.append(self.optimizer.param_groups[0]["lr"]))
-        saved = {"model": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
-        ResumeFromLast(folder / "last.pt", saved, best_saver=saver).attach(self.trainer)
+        saved = {"model": self.network, "optimizer": self.optimizer, "schedule": self.schedule, "best": best}
+        ResumeFromLast(folder / "last.pt", saved).attach(self.trainer)
         scores = iter(scores)
 
         @self.trainer.on(Events.EPOCH_COMPLETED)
@@ -40,7 +42,7 @@ class Training:
             self.schedule.step()
             self.network.bias.data += 0.125
             self.validator.state.metrics = {"dice": next(scores)}
-            saver.metrics_completed(self.validator)
+            self.validator.fire_event(Events.COMPLETED)
 
     def run(self, epochs):
         self.trainer.run([0], max_epochs=epochs)
@@ -94,3 +96,37 @@ def test_names_have_no_prefix_of_the_parallel_wrapper(tmp_path):
         assert torch.equal(network.weight, state["weight"]) and state["weight"].abs().sum() > 0
     finally:
         idist.finalize()
+
+
+def test_a_full_disk_leaves_the_earlier_files(tmp_path, monkeypatch):
+    Training(tmp_path, [0.5], epochs=4).run(1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fails(content, file):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match=r"cannot write .*best\.pt"):
+        Training(tmp_path, [0.7], epochs=4).run(2)
+    with pytest.raises(OSError, match=r"cannot write .*last\.pt"):
+        Training(tmp_path, [0.3], epochs=4).run(2)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_score_that_is_not_a_number_is_not_the_best(tmp_path):
+    Training(tmp_path, [float("nan"), 0.5, float("nan")], epochs=9).run(3)
+    assert best_weight(tmp_path) == 3 + 2 * 0.125
+    with pytest.raises(ValueError, match="needs a key metric"):
+        BestWeights(tmp_path / "best.pt", nn.Linear(2, 1))._look(
+            SimpleNamespace(state=State(key_metric_name=None, metrics={}))
+        )
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    Training(tmp_path, [0.5], epochs=4).run(1)
+    last = tmp_path / "last.pt"
+    for content in (b"", last.read_bytes()[:200]):
+        last.write_bytes(content)
+        with pytest.raises(ValueError, match=r"last\.pt is damaged, so its run cannot go on: delete it"):
+            Training(tmp_path, [0.5], epochs=4).run(2)

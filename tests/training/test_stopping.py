@@ -62,6 +62,12 @@ def test_what_was_not_validated_is_before_the_end():
     assert train([0.5] * 9, interval=2, patience=3)[:2] == (5, [2, 4, 5])
 
 
+def test_a_gain_in_the_last_validation_keeps_the_run_going():
+    assert train([0.1, 0.5, 0.2, 0.6, 0.3, 0.3, 0.3, 0.3, 0.3], interval=2, patience=3)[:2] == (7, [2, 4, 6, 7])
+    scores = [0.1, 0.5, 0.2, 0.2, 0.6, 0.3, 0.3, 0.3, 0.3]  # the best is where nothing but the end would be validated
+    assert train(scores, interval=2, patience=3)[:2] == (8, [2, 4, 5, 6, 8])
+
+
 def test_the_time_is_up_before_an_epoch_that_would_end_too_late(monkeypatch):
     clock = iter(range(0, 100000, 600))  # each look is ten minutes after the one before
     monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))

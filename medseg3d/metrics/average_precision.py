@@ -22,6 +22,9 @@ from medseg3d.tasks import Categories, Instances
 _TINY = float(np.spacing(1))
 
 
+MANY_OBJECTS = 10_000  # detections of a picture to rank where COCO's 100 are fewer than it shows, as of nuclei
+
+
 @dataclass(frozen=True)
 class CocoRules:
     """What is counted: the thresholds of IoU, the points of recall, how many detections of a class an image may have,

@@ -11,12 +11,12 @@ from typing import Any
 from medseg3d.io import read_coco, read_label_image, sidecar_path
 from medseg3d.io.formats import split_name
 from medseg3d.metrics import CocoPrecision, CocoRules, ObjectCounts
+from medseg3d.metrics.average_precision import MANY_OBJECTS
 from medseg3d.report.evaluation import Files, pair_cases
 from medseg3d.report.records import write_csv
 from medseg3d.tasks import Instances
 
 COLUMNS = ("case", "predicted", "reference", "found", "false_alarms", "missed", "precision", "recall", "f1")
-_MOST = 10_000  # detections of a picture that are ranked; COCO's 100 are fewer than the nuclei of many
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def evaluate_objects(predictions: Files, references: Files, threshold: float = 0
     """
     found = pair_cases(predictions, references, pictures=True)
     rows, total, ranked = [], ObjectCounts(), []
-    rules = CocoRules(limits=(_MOST,))
+    rules = CocoRules(limits=(MANY_OBJECTS,))
     scored = False
     for case, (prediction, reference) in found.pairs.items():
         predicted, expected = _predicted(prediction), Instances.from_label_map(read_label_image(reference))

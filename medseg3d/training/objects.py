@@ -15,10 +15,10 @@ from monai.metrics import CumulativeIterationMetric
 
 from medseg3d.data.results import as_result
 from medseg3d.metrics import CocoPrecision, CocoRules, ObjectCounts
+from medseg3d.metrics.average_precision import MANY_OBJECTS
 from medseg3d.tasks import Category, Instances
 
 _OBJECT = {1: Category("object")}
-_MOST = 10_000  # detections of a picture that are ranked; COCO's 100 are fewer than the nuclei of many
 
 
 class ObjectF1(CumulativeIterationMetric):
@@ -60,7 +60,7 @@ class ObjectAP:
     """
 
     def __init__(self, threshold: float = 0.5) -> None:
-        self.rules = CocoRules(thresholds=(threshold,), limits=(_MOST,), areas={"all": (0, 1e10)})
+        self.rules = CocoRules(thresholds=(threshold,), limits=(MANY_OBJECTS,), areas={"all": (0, 1e10)})
         self.reset()
 
     def reset(self) -> None:

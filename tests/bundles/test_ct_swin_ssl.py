@@ -143,5 +143,5 @@ def test_the_configs_agree():
     assert arguments(TRAIN) == arguments(INFERENCE)
     train, inference = (json.loads(path.read_text()) for path in (TRAIN, INFERENCE))
     assert train["deterministic_transforms"][:4] == inference["preprocessing"]["transforms"][:4]
-    headneck = json.loads((BUNDLE.parent / "headneck_ct_unet" / "configs" / "inference.json").read_text())
+    headneck = json.loads((BUNDLE.parent / "headneck_ct_swin_unetr" / "configs" / "inference.json").read_text())
     assert inference["preprocessing"]["transforms"][2:4] == headneck["preprocessing"]["transforms"][2:4]

@@ -22,13 +22,13 @@ def test_the_three_strategies_of_a_bundle_that_ships():
     bundle = find_bundle("headneck_ct_unet").path
     found = {cost.strategy: cost for cost in scan_costs("headneck_ct_unet", (300, 240, 120), (1.0, 1.25, 2.5))}
     assert [cost.own for cost in found.values()] == [True, False, False]
-    # 300 mm, 300 mm and 300 mm in voxels of 4, 4 and 2.5 mm are 75, 75 and 120, and windows of 64 step by 32.
+    # 300 mm, 300 mm and 300 mm in voxels of 3, 3 and 2.5 mm are 100, 100 and 120, and windows of 64 step by 32.
     own = count_operations(network(bundle), (1, 1, 64, 64, 64))
-    assert (found["sub-volumes"].windows, found["sub-volumes"].window) == (2 * 2 * 3, (64, 64, 64))
-    assert found["sub-volumes"].flops == 12 * own.flops == 2 * found["sub-volumes"].macs
+    assert (found["sub-volumes"].windows, found["sub-volumes"].window) == (3 * 3 * 3, (64, 64, 64))
+    assert found["sub-volumes"].flops == 27 * own.flops == 2 * found["sub-volumes"].macs
     assert found["sub-volumes"].parameters == own.parameters
-    flat = count_operations(network(bundle, spatial_dims=2), (1, 1, 96, 96))
-    assert (found["slices"].windows, found["slices"].window) == (120, (96, 96))
+    flat = count_operations(network(bundle, spatial_dims=2), (1, 1, 128, 128))
+    assert (found["slices"].windows, found["slices"].window) == (120, (128, 128))
     assert (found["slices"].flops, found["slices"].parameters) == (120 * flat.flops, flat.parameters)
     small = count_operations(network(bundle), (1, 1, 128, 128, 64))
     assert (found["downsampled"].windows, found["downsampled"].flops) == (1, small.flops)

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg3d import cli
+from medseg3d.cli import verbs
 from tests import tiny_bundles as tiny
 from tests.command_line import finished, names, started
 
@@ -118,9 +118,17 @@ def test_bad_options(options, expected, words, run, ct_file, tmp_path, monkeypat
     assert names(tmp_path) == ["again.nii.gz", "ct.nii.gz", "text"]
 
 
-def test_verbose_shows_the_traceback(run, tmp_path):
-    with pytest.raises(ValueError, match="unknown model"):
-        cli.main(["models", "info", "lungs", "-v"])
+def test_verbose_shows_the_traceback(run):
+    code, out, err = run("models", "info", "lungs", "-v")
+    assert (code, out) == (1, []) and err[0].startswith("Traceback") and err[-1].startswith("error: unknown model")
+
+
+def test_verbose_keeps_the_exit_code_of_memory(run, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(verbs, "find_bundle", fails)
+    assert [run("train", "--dataset-dir", ".", "-o", "out", *more)[0] for more in ((), ("-v",))] == [5, 5]
 
 
 def without_privileges():

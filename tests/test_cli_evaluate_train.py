@@ -58,6 +58,10 @@ def test_evaluate_counts_what_a_manifest_says_was_contoured(run, tmp_path):
     assert run("evaluate", *files, "--manifest", tmp_path / "small.json")[0] == 0
     with (tmp_path / "scores.csv").open(newline="") as file:
         assert [row["dice"] for row in csv.DictReader(file)] == ["", "1"]
+    manifest["cases"] = [{**cases[0], "image": "p/a.nii.gz"}, {**cases[0], "image": "q/a.nii.gz", "contoured": [1]}]
+    (tmp_path / "small.json").write_text(json.dumps(manifest))
+    code, _, err = run("evaluate", *files, "--manifest", tmp_path / "small.json")
+    assert code == 1 and "several images called a.nii.gz" in err[-1]
 
 
 @pytest.mark.parametrize(

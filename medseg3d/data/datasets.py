@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import glob
 import json
 import os
 import re
@@ -12,15 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from medseg3d.data.csv_lists import SPLITS, Entry, csv_entries
 from medseg3d.io import write_text
 from medseg3d.io.formats import KINDS, RASTER_SUFFIXES, split_name
 
-SPLITS = ("train", "validation", "test")
 TAKEN = "a MONAI or MSD datalist (.json), an nnU-Net or MSD folder (imagesTr, labelsTr, dataset.json), or a .csv"
 _SECTIONS = {"training": "train", "validation": "validation", "testing": "test", "test": "test"}
-_COLUMNS = ("image", "label", "patient", "split", "fold")
-_SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "validation": "validation"}
-_SPLIT_NAMES |= {"test": "test", "testing": "test", "": "train"}
 _CHANNEL = re.compile(r"_(\d{4})$")
 
 
@@ -114,7 +111,7 @@ def read_dataset(path: str | Path, dataset_dir: str | Path | None = None) -> Dat
         return _read_folder(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         notes: list[str] = []
-        return _finished(path.stem, root, _csv_entries(path, notes), {}, notes=notes)
+        return _finished(path.stem, root, csv_entries(path, notes), {}, notes=notes)
     if path.suffix.lower() != ".json":
         path.stat()  # such as FileNotFoundError
         raise ValueError(f"{path} is no data set; medseg3d reads {TAKEN}")
@@ -160,13 +157,10 @@ def with_patients(dataset: Dataset, pattern: str) -> Dataset:
     return replace(dataset, cases=tuple(cases))
 
 
-_Entry = tuple[str, Mapping[str, Any]]  # a split, and a case as a datalist has it
-
-
 def _finished(
     name: str,
     root: Path,
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     labels: Mapping[int, str],
     objects: bool = False,
     notes: Sequence[str] = (),
@@ -214,7 +208,7 @@ def _images(root: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:
     files = [root / file for file in listed]
     if len(files) == 1 and not files[0].exists():
         stem, suffix = split_name(files[0])
-        channels = sorted(files[0].parent.glob(f"{_literal(stem)}_[0-9][0-9][0-9][0-9]{suffix}"))
+        channels = sorted(files[0].parent.glob(f"{glob.escape(stem)}_[0-9][0-9][0-9][0-9]{suffix}"))
         files = channels or files
     return tuple(files)
 
@@ -303,7 +297,7 @@ def _read_folder(folder: Path) -> Dataset:
     if isinstance(data.get("training"), list):
         return _read_json(listing, folder)
     notes: list[str] = []
-    entries: Sequence[_Entry]
+    entries: Sequence[Entry]
     if isinstance(data.get("dataset"), Mapping):  # version 2 may list its cases by name
         listed = data["dataset"].items()
         for name, entry in listed:
@@ -324,7 +318,7 @@ def _read_folder(folder: Path) -> Dataset:
     return _finished(str(data.get("name") or folder.resolve().name), folder, entries, _label_names(data), notes=notes)
 
 
-def _scanned(folder: Path, end: str, split: str, ending: str, notes: list[str]) -> Iterator[_Entry]:
+def _scanned(folder: Path, end: str, split: str, ending: str, notes: list[str]) -> Iterator[Entry]:
     """The cases in images<end> with their files in labels<end>; labels without an image go to the notes."""
     images: dict[str, list[str]] = {}
     for file in _files(folder / f"images{end}", ending):
@@ -349,45 +343,6 @@ def _stem(file: Path, ending: str) -> str:
     return file.name[: -len(ending)] if ending else split_name(file)[0]
 
 
-def _csv_entries(path: Path, notes: list[str]) -> list[_Entry]:
-    """The rows; columns whose name in the first line is unknown go to the notes."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error}): save it as CSV UTF-8") from error
-    first = text.split("\n", 1)[0]
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=_delimiter(first))]
-    rows = [row for row in rows if any(row)]
-    columns = [cell.lower() for cell in rows[0]] if rows else []
-    if "image" in columns:
-        rows = rows[1:]
-        notes += [
-            f"the column {name!r} is not read: columns are {', '.join(_COLUMNS)}"
-            for name in columns
-            if name not in _COLUMNS
-        ]
-    elif set(columns) & set(_COLUMNS):
-        raise ValueError(f"{path}: the first line names columns, and none is image: {', '.join(columns)}")
-    else:
-        columns = list(_COLUMNS[:3])
-    entries: list[_Entry] = []
-    for row in rows:
-        if len(row) > len(columns):
-            raise ValueError(f"{path}: a row has the columns {', '.join(columns)}, got {len(row)} of them: {row}")
-        entry: dict[str, Any] = {key: cell for key, cell in zip(columns, row, strict=False) if key in _COLUMNS and cell}
-        split = _SPLIT_NAMES.get(entry.pop("split", "").lower())
-        if split is None or not str(entry.get("fold", 0)).isdecimal():
-            raise ValueError(f"{path}: a split is one of {', '.join(SPLITS)} and a fold a whole number, got {row}")
-        entries.append((split, entry))
-    if not entries:
-        raise ValueError(f"{path} lists no case: a row has an image, its label and, if you like, the patient")
-    return entries
-
-
-def _delimiter(line: str) -> str:
-    return max(",;\t", key=line.count)
-
-
 def _entry(case: Case, folder: str) -> dict[str, Any]:
     images = [_written(file, folder) for file in case.images]
     entry: dict[str, Any] = {"image": images if len(images) > 1 else images[0]}
@@ -404,7 +359,3 @@ def _entry(case: Case, folder: str) -> dict[str, Any]:
 def _written(file: Path, folder: str) -> str:
     whole = Path(os.path.abspath(file))  # links stay what they are
     return (whole.relative_to(folder) if whole.is_relative_to(folder) else whole).as_posix()
-
-
-def _literal(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)

@@ -43,7 +43,7 @@ def write_result(path: str | Path, result: Result, colors: Mapping[int, tuple[in
 
 
 def write_named_result(path: str | Path, result: Result, table: LabelTable, source: str) -> Path:
-    """The same in the colours of ``table``, whose names of classes go into `<stem>.labels.json` beside a semantic map.
+    """`write_result` in the colours of ``table``; its names go into `<stem>.labels.json` beside a semantic map.
 
     Args:
         source: the picture's file name.

@@ -37,6 +37,18 @@ def files(dataset):
     return [(c.name, [f.name for f in c.images], c.label and c.label.name) for c in dataset.cases]
 
 
+def test_a_table_in_another_encoding_is_told(tmp_path):
+    (tmp_path / "list.csv").write_bytes("image\nHüfte.nii.gz\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list\.csv is not in UTF-8 .*save it as CSV UTF-8"):
+        read_dataset(tmp_path / "list.csv")
+
+
+def test_a_case_of_nnunet_that_is_no_object_is_told(save, tmp_path):
+    save("dataset.json", {"dataset": {"a": "a.nii.gz"}, "labels": {"background": 0}})
+    with pytest.raises(ValueError, match=r"a case of \"dataset\" is .*'a' is 'a\.nii\.gz'"):
+        read_dataset(tmp_path)
+
+
 def test_patient_0_is_a_patient(save):
     entries = [
         {"image": f"{name}.nii.gz", "patient": patient} for name, patient in zip("abcd", (0, 0, 1, ""), strict=True)

@@ -1,0 +1,54 @@
+"""Cases in the rows of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+_COLUMNS = ("image", "label", "patient", "split", "fold")
+_SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "validation": "validation"}
+_SPLIT_NAMES |= {"test": "test", "testing": "test", "": "train"}
+
+Entry = tuple[str, Mapping[str, Any]]  # a split, and a case as a datalist has it
+
+
+def csv_entries(path: Path, notes: list[str]) -> list[Entry]:
+    """The rows; columns whose name in the first line is unknown go to the notes."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it as CSV UTF-8") from error
+    first = text.split("\n", 1)[0]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=_delimiter(first))]
+    rows = [row for row in rows if any(row)]
+    columns = [cell.lower() for cell in rows[0]] if rows else []
+    if "image" in columns:
+        rows = rows[1:]
+        notes += [
+            f"the column {name!r} is not read: columns are {', '.join(_COLUMNS)}"
+            for name in columns
+            if name not in _COLUMNS
+        ]
+    elif set(columns) & set(_COLUMNS):
+        raise ValueError(f"{path}: the first line names columns, and none is image: {', '.join(columns)}")
+    else:
+        columns = list(_COLUMNS[:3])
+    entries: list[Entry] = []
+    for row in rows:
+        if len(row) > len(columns):
+            raise ValueError(f"{path}: a row has the columns {', '.join(columns)}, got {len(row)} of them: {row}")
+        entry: dict[str, Any] = {key: cell for key, cell in zip(columns, row, strict=False) if key in _COLUMNS and cell}
+        split = _SPLIT_NAMES.get(entry.pop("split", "").lower())
+        if split is None or not str(entry.get("fold", 0)).isdecimal():
+            raise ValueError(f"{path}: a split is one of {', '.join(SPLITS)} and a fold a whole number, got {row}")
+        entries.append((split, entry))
+    if not entries:
+        raise ValueError(f"{path} lists no case: a row has an image, its label and, if you like, the patient")
+    return entries
+
+
+def _delimiter(line: str) -> str:
+    return max(",;\t", key=line.count)

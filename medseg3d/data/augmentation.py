@@ -1,4 +1,4 @@
-"""Random windows of cached volumes, turned and scaled in the one pass that cuts them out.
+"""Random windows of cached volumes, turned, scaled and bent in the one pass that cuts them out.
 
 Shape legend: arrays are (C, *spatial axes), with two or three axes; matrices act on voxel coordinates in array order.
 """
@@ -15,13 +15,18 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable
 from monai.utils import ensure_tuple
 
+# A cubic B-spline deformation cannot fold over while its control points move by less than their distance divided by
+# this, for two and three axes (Choi and Lee, Graphical Models 2000; Rueckert et al., MICCAI 2006).
+FOLDS_AT = {2: 2.05, 3: 2.48}
+
 
 class RandAffineCropd(MapTransform, Randomizable):
-    """A window around a random voxel of a random class, randomly turned, scaled and shifted.
+    """A window around a random voxel of a random class, randomly turned, scaled, shifted and bent.
 
     What ``RandCropByLabelClassesd`` and ``RandAffined`` do one after another, in one interpolation and without copies
     of the volume: several times faster on a CPU, and on a GPU if the volumes lie there. The window also shows what lies
-    around it where a crop would have ended. Beyond the volume its border is continued.
+    around it where a crop would have ended. Beyond the volume its border is continued. It is bent by a free-form
+    deformation, a mesh of control points with cubic B-splines between them (Rueckert et al., IEEE TMI 1999).
 
     Args:
         keys: images and label maps; each (C, *spatial axes), all of one spatial shape.
@@ -34,9 +39,13 @@ class RandAffineCropd(MapTransform, Randomizable):
         rotate: largest angle about each axis, in radians; one number for two spatial axes.
         scale: largest relative change of the size of voxels, for each axis.
         translate: largest shift of the window in voxels, for each axis.
+        deform: largest shift of a control point in voxels, for each axis. What a voxel is moved by is a mean of four
+            control points along each axis, so it is mostly far less.
+        control_spacing: voxels between control points.
 
     Raises:
-        ValueError: ranges or ratios that do not fit the axes or the classes; a volume without any voxel to choose.
+        ValueError: ranges or ratios that do not fit the axes or the classes; control points so close together that the
+            window could fold over; a volume without any voxel to choose.
     """
 
     def __init__(
@@ -49,6 +58,8 @@ class RandAffineCropd(MapTransform, Randomizable):
         rotate: Sequence[float] | float = 0.0,
         scale: Sequence[float] | float = 0.0,
         translate: Sequence[float] | float = 0.0,
+        deform: Sequence[float] | float = 0.0,
+        control_spacing: float = 16.0,
     ) -> None:
         super().__init__(keys)
         self.label_keys = ensure_tuple(label_keys)
@@ -59,13 +70,22 @@ class RandAffineCropd(MapTransform, Randomizable):
         self.rotate = _ranges("rotate", rotate, 3 if axes == 3 else 1)
         self.scale = _ranges("scale", scale, axes)
         self.translate = _ranges("translate", translate, axes)
+        self.deform = _ranges("deform", deform, axes)
+        self.control_spacing = control_spacing
+        most = control_spacing / FOLDS_AT[axes]
+        if self.deform.max() > most:
+            raise ValueError(
+                f"deform may be at most control_spacing / {FOLDS_AT[axes]}, here {most:.2f}, or a window can "
+                f"fold over, got {self.deform.max():g}: lower it, or raise control_spacing"
+            )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = dict(data)
         shape = tuple(output[self.keys[0]].shape[1:])
         matrix = self._matrix()
         center = self._center(output.pop(self.indices_key), shape)
-        grid = sampling_grid(shape, matrix, center, self.size, torch.as_tensor(output[self.keys[0]]).device)
+        device = torch.as_tensor(output[self.keys[0]]).device
+        grid = sampling_grid(shape, matrix, center, self.size, device, self._displacement(device))
         for key in self.keys:
             mode = "nearest" if key in self.label_keys else "bilinear"
             output[key] = sample(torch.as_tensor(output[key]), grid, mode)
@@ -89,12 +109,44 @@ class RandAffineCropd(MapTransform, Randomizable):
         angles = self.R.uniform(-self.rotate, self.rotate)
         return rotation(angles) * self.R.uniform(1 - self.scale, 1 + self.scale)
 
+    def _displacement(self, device: torch.device) -> torch.Tensor | None:
+        """Voxels of the window that each of its voxels is moved by, (axes, *size)."""
+        if not self.deform.any():
+            return None
+        weights = [bspline_weights(voxels, self.control_spacing).to(device) for voxels in self.size]
+        most = self.deform.reshape(-1, *(1,) * len(self.size))
+        points = self.R.uniform(-most, most, (len(self.size), *(one.shape[1] for one in weights)))
+        return free_form(torch.as_tensor(points, dtype=torch.float32, device=device), weights)
+
+
+def bspline_weights(voxels: int, spacing: float) -> torch.Tensor:
+    """(voxels, control points): the share of each control point in each voxel along one axis, by cubic B-splines.
+
+    ``spacing`` voxels lie between control points; the second of them lies on the first voxel.
+    """
+    position = torch.arange(voxels) / spacing
+    distance = (position[:, None] + 1 - torch.arange(int(position[-1]) + 4)).abs()
+    near = (4 - 6 * distance**2 + 3 * distance**3) / 6
+    return torch.where(distance < 1, near, (2 - distance).clamp(min=0) ** 3 / 6)
+
+
+def free_form(points: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(axes, *size) of control points (axes, *mesh) and, for each axis of the mesh, its (size, mesh) weights."""
+    for axis, weight in enumerate(weights, start=1):
+        points = torch.tensordot(points, weight, dims=([axis], [1])).movedim(-1, axis)
+    return points
+
 
 def sampling_grid(
-    shape: Sequence[int], matrix: np.ndarray, center: np.ndarray, size: Sequence[int], device: torch.device
+    shape: Sequence[int],
+    matrix: np.ndarray,
+    center: np.ndarray,
+    size: Sequence[int],
+    device: torch.device,
+    displacement: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Where each voxel v of a window lies in an array: ``matrix @ (v - (size - 1) / 2) + center``, as ``grid_sample``
-    counts it (from -1 to 1 between an array's outer faces, last axis first).
+    """Where each voxel v of a window lies in an array: ``matrix @ (v + displacement - (size - 1) / 2) + center``, as
+    ``grid_sample`` counts it (from -1 to 1 between an array's outer faces, last axis first).
 
     Args:
         shape: spatial shape of the array.
@@ -102,6 +154,7 @@ def sampling_grid(
         center: (axes,), where the window's middle lies in the array.
         size: voxels of the window.
         device: where the grid is made, that of the array.
+        displacement: (axes, *size) in voxels of the window, in array order.
 
     Returns:
         (1, *size, axes) float32.
@@ -117,6 +170,9 @@ def sampling_grid(
     for axis in range(axes):  # in array order; only the last of the sums has the size of the window
         terms = [step * factor for step, factor in zip(steps, linear[axis].tolist(), strict=True)]
         grid[..., axes - 1 - axis] = sum(terms[1:-1], terms[0] + float(offset[axis])) + terms[-1]
+    if displacement is not None:
+        factors = torch.as_tensor(linear[::-1].copy(), dtype=torch.float32, device=device)
+        grid += torch.einsum("ga,a...->...g", factors, displacement)
     return grid[None]
 
 

@@ -1,4 +1,4 @@
-"""Windows that are cut out, turned and scaled at once, against SciPy and against MONAI's two transforms."""
+"""Windows that are cut out, turned, scaled and bent at once, against SciPy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 from monai.transforms import ClassesToIndices
-from scipy import ndimage
+from scipy import interpolate, ndimage
 
-from medseg3d.data.augmentation import RandAffineCropd, rotation, sample, sampling_grid
+from medseg3d.data.augmentation import (
+    FOLDS_AT,
+    RandAffineCropd,
+    bspline_weights,
+    free_form,
+    rotation,
+    sample,
+    sampling_grid,
+)
 
 
 def volume(shape, seed=0):
@@ -46,6 +54,38 @@ def test_it_shows_what_scipy_shows(shape, size, angles):
             np.testing.assert_allclose(got[0], expected, atol=1e-4)
         else:
             assert (got[0].numpy() != expected).mean() < 0.002  # a voxel halfway between two may go either way
+
+
+@pytest.mark.parametrize(("shape", "size"), [((23, 18, 30), (8, 10, 12)), ((30, 40), (12, 9))])
+def test_it_bends_as_scipy_does(shape, size):
+    item, axes = volume(shape), len(shape)
+    displacement = np.random.default_rng(0).uniform(-2, 2, (axes, *size)).astype(np.float32)
+    matrix = rotation([0.3] * (3 if axes == 3 else 1)) * np.linspace(0.8, 1.3, axes)
+    center, half = np.array(shape) * 0.5, (np.array(size) - 1).reshape(-1, *(1,) * axes) / 2
+    grid = sampling_grid(shape, matrix, center, size, torch.device("cpu"), torch.from_numpy(displacement))
+    where = np.tensordot(matrix, np.indices(size) + displacement - half, 1) + center.reshape(half.shape)
+    expected = ndimage.map_coordinates(item["image"][0].numpy(), where, order=1, mode="nearest")
+    np.testing.assert_allclose(sample(item["image"], grid, "bilinear")[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("voxels", "spacing"), [(64, 16), (33, 16), (17, 5.5), (1, 4)])
+def test_bsplines_are_those_of_scipy(voxels, spacing):
+    got = bspline_weights(voxels, spacing)
+    knots = np.arange(-3, got.shape[1] + 1, dtype=float)
+    expected = interpolate.BSpline.design_matrix(np.arange(voxels) / spacing, knots, 3).toarray()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(40, 36), (24, 20, 28)])
+def test_the_largest_deformation_does_not_fold(size):
+    axes, spacing = len(size), 8
+    weights = [bspline_weights(voxels, spacing) for voxels in size]
+    points = torch.rand(axes, *(one.shape[1] for one in weights), generator=torch.Generator().manual_seed(0))
+    moved = free_form((points > 0.5).float() * 2 - 1, weights) * spacing / FOLDS_AT[axes]
+    rows = [torch.stack(torch.gradient(moved[axis]), -1) for axis in range(axes)]
+    jacobian = torch.eye(axes) + torch.stack(rows, -2)
+    assert torch.linalg.det(jacobian).min() > 0
+    assert moved.abs().max() > 1
 
 
 @pytest.mark.parametrize(("shape", "size"), [((20, 24, 22), (8, 6, 10)), ((24, 30), (8, 11))])
@@ -92,7 +132,7 @@ def test_the_window_lies_within_the_volume_unless_that_is_smaller():
 def test_it_is_repeated_by_its_seed_and_changes_nothing():
     item = data((20, 20, 20))
     before = item["image"].clone(), item["label"].clone()
-    options = {"rotate": [0.2, 0.2, 0.4], "scale": 0.2, "translate": 3}
+    options = {"rotate": [0.2, 0.2, 0.4], "scale": 0.2, "translate": 3, "deform": 4}
     first, again, other = (transform((9, 9, 9), seed, **options)(item) for seed in (3, 3, 4))
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
     assert torch.equal(before[0], item["image"]) and torch.equal(before[1], item["label"])
@@ -103,7 +143,7 @@ def test_image_and_label_stay_together():
     item = data((24, 24, 24))
     threshold = item["image"][item["label"] == 2].min()
     for seed in range(5):
-        got = transform((12, 12, 12), seed, rotate=[0.3] * 3, scale=[0.2] * 3)(item)
+        got = transform((12, 12, 12), seed, rotate=[0.3] * 3, scale=[0.2] * 3, deform=[4, 5, 6])(item)
         agreement = ((got["image"] >= threshold) == (got["label"] == 2)).float().mean()
         assert agreement > 0.85  # they differ at outlines alone; a window elsewhere agrees in 0.75
 
@@ -113,6 +153,8 @@ def test_image_and_label_stay_together():
     [
         ({"rotate": [0.1, 0.1]}, "rotate must be 3 numbers"),
         ({"scale": -0.1}, "scale must be 3 numbers of 0 or more"),
+        ({"deform": [1, 7, 1]}, "deform may be at most control_spacing / 2.48, here 6.45.* got 7"),
+        ({"deform": 4, "control_spacing": 8}, "here 3.23"),
         ({"ratios": [1, 1]}, "3 classes, but 2 ratios"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -32,6 +34,24 @@ def shared(*parts: str) -> Path:
 @pytest.fixture(name="shared")
 def shared_fixture():
     return shared
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """A function that imports a script of the repository by its name."""
+
+    def load(name: str) -> ModuleType:
+        path = ROOT / "scripts" / f"{name}.py"
+        if not path.is_file():
+            pytest.skip("the scripts are not beside this installation")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 # The main path: tiny bundles and a made-up CT (tests/tiny_bundles.py), written and loaded once.

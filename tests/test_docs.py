@@ -121,6 +121,11 @@ def test_the_snippet_on_comparisons_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", commands(*PAGES))
 def test_commands_are_understood(command):
     arguments = shlex.split(command)
+    if arguments[:2] == ["git", "clone"]:
+        return
+    if arguments[0] == "python":
+        assert (ROOT / arguments[1]).is_file()
+        return
     assert arguments[0] == "medseg3d"
     assert cli._parser().parse_args(arguments[1:]).function.__name__ == arguments[1]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -95,16 +93,8 @@ def test_importing_the_sample_needs_the_standard_library_only():
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = ROOT / "scripts" / "make_sample_ct.py"
-    if not path.is_file():
-        pytest.skip("the scripts are not beside this installation")
-    spec = importlib.util.spec_from_file_location("make_sample_ct", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("make_sample_ct")
 
 
 def turned(degrees: float, scale: float, shift: tuple[float, float, float]) -> np.ndarray:

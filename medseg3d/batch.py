@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -308,6 +308,9 @@ class _Run:
 
     def _write(self, case: Case, result: Segmentation | PictureSegmentation) -> CaseResult:
         files = self.plan.files(case)
+        if self.ledger.is_of_another_input(case, files):
+            words = f"{files['segmentation'].name} of another input was replaced: that had the same name, {case.name}"
+            result = replace(result, warnings=(*result.warnings, words))
         self.ledger.forget(case)  # the files of an earlier run are about to be replaced, one after another
         _write(result, case, files, self.plan)
         self.ledger.note(case, files)
@@ -373,6 +376,13 @@ class _Ledger:
         entry = dict(self.entries.get(case.name) or {})
         written = entry.pop("files", ())
         return set(files) <= set(written) and entry == self._key(case)
+
+    def is_of_another_input(self, case: Case, files: dict[str, Path]) -> bool:
+        """Whether the segmentation that lies there now was made of other voxels."""
+        entry = self.entries.get(case.name)
+        if not isinstance(entry, dict) or not files["segmentation"].is_file():
+            return False
+        return entry.get("input_sha256") != input_sha256(case.path)
 
     def note(self, case: Case, files: Iterable[str]) -> None:
         if self.path is not None:

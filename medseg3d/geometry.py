@@ -110,6 +110,10 @@ class Geometry:
         distance = np.linalg.norm(self.world(corners) - other.world(corners), axis=1)  # largest at a corner
         return bool(distance.max() <= tolerance_mm)
 
+    def coincides(self, other: Geometry) -> bool:
+        """Equal shapes, and no voxel further from its counterpart than a twentieth of the smallest spacing."""
+        return self.same_as(other, tolerance_mm=min(self.spacing) / 20)
+
     def reorient(self, codes: str) -> Reorient:
         """The axes in the order and the directions of `codes`, such as "RAS", by flips and transposes."""
         wanted = np.array([_LETTERS.find(code) for code in codes.upper()])

@@ -194,4 +194,4 @@ planes[last]
 #   second look (`medseg3d.inference.CoarseToFine`).
 # - Thick slices, little memory, or weights that were trained on photographs: **slices**, best along all three axes.
 #
-# On your own scans: `medseg3d compare datalist.json -m headneck_ct_unet your_bundle`.
+# On your own scans: `medseg3d compare --data datalist.json -m headneck_ct_unet your_bundle --trust -o comparison`.

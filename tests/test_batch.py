@@ -305,6 +305,21 @@ def test_a_damaged_ledger_costs_only_time(text, model, ct_file, tmp_path):
     assert list(json.loads((tmp_path / "finished.json").read_text())) == ["ct"]
 
 
+def test_a_result_of_another_input_is_not_replaced_in_silence(model, tmp_path):
+    for patient in ("a", "b"):
+        (tmp_path / patient).mkdir()
+    tiny.write_ct(tmp_path / "a" / "ct.nii.gz")
+    tiny.write_ct(tmp_path / "b" / "ct.nii.gz", array=tiny.ct() + np.int16(1))
+
+    def warned(patient):
+        (result,) = predict_many(model, tmp_path / patient / "ct.nii.gz", tmp_path / "out")
+        return [warning for warning in result.record()["warnings"] if "another input" in warning]
+
+    assert not warned("a") and not warned("a")
+    assert warned("b") == ["ct_seg.nii.gz of another input was replaced: that had the same name, ct"]
+    assert not warned("b")
+
+
 def test_statistics_of_a_resumed_run_have_every_case(model, scans, tmp_path):
     plan = OutputPlan(tmp_path / "out", statistics=True)
     list(predict_many(model, scans / "a.nii.gz", plan))

@@ -359,6 +359,14 @@ def test_the_shipped_model_in_a_process_of_its_own(ct_file, tmp_path):
     assert names(tmp_path) == ["seg.labels.json", "seg.nii.gz"]
 
 
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_may_be_closed(closed, tmp_path):
+    """Python gives None for it; schedulers and Windows without a console do that."""
+    code = f"sys.{closed} = None\nfrom medseg3d.cli import main\nsys.exit(main())"
+    code, out, err = finished(started("models", "-h" if closed == "stdin" else "list", code=code, cwd=tmp_path))
+    assert code == 0 and err == [] and bool(out) == (closed != "stdout")
+
+
 def test_progress_only_at_a_terminal(predict, ct_file, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     _, out, err = predict(ct_file, tmp_path / "out")

@@ -132,6 +132,9 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
     for setting in ("network_def::use_checkpoint=true", "loss::smooth=0.1"):  # arguments that train.json leaves alone
         code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", setting)
         assert code == 1 and "is not in the dataset folder" in err[-1]
+    for setting, flag in (("device=cuda:5", "-d"), ("output_dir=x", "-o"), ("dataset_dir=x", "--dataset-dir")):
+        code, _, err = run("train", "--dataset-dir", tmp_path, "-o", tmp_path, "--set", setting)
+        assert code == 1 and f"what {flag} " in err[-1] and "give that in place of the setting" in err[-1]
     for setting, words in (
         ("network_def::depth=3", "the train.json has no network_def::depth"),
         ("epochs=many", "epochs is a whole number in the train.json, such as "),

@@ -27,6 +27,9 @@ from medseg3d.errors import in_words, is_out_of_memory
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as some schedulers and Windows without a console do
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- for as long as it runs
     args = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
     args.own_process = argv is None
     _set_up_messages(args.verbose)

@@ -314,7 +314,7 @@ def _add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "-d",
         "--device",
-        default=os.environ.get("MEDSEG3D_DEVICE", "auto"),
+        default=os.environ.get("MEDSEG3D_DEVICE") or "auto",
         help="auto, cpu, gpu, gpu:N, cuda:N or mps (default: auto)",
     )
 

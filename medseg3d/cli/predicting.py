@@ -71,6 +71,7 @@ def predict(args: argparse.Namespace) -> int:
     for note in segmenter.notes:
         say(f"note: {note}")
     if args.plan:
+        status.clear()
         return _print_plans(inputs.cases, segmenter, models, args.allow_non_hu)
     outcomes, records = [], []
     with stopwatch.stage("cases"):

@@ -19,6 +19,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if _are_pictures(args.predictions):
         return _evaluate_objects(args)
     from medseg3d.io import LabelTable, read_label_table
+    from medseg3d.io.formats import WRITABLE
     from medseg3d.report.evaluation import evaluate_folders, summary_table, write_evaluation_csv
 
     if args.labels:
@@ -26,7 +27,13 @@ def evaluate(args: argparse.Namespace) -> int:
     elif args.model:
         labels = find_bundle(args.model).labels
     else:
-        tables = map(read_label_table, _label_maps(args.predictions))
+        files = _label_maps(args.predictions)
+        if not files:
+            raise UsageError(
+                f"there is no label map ({', '.join(WRITABLE)}) directly in {args.predictions}; subfolders are not "
+                "searched"
+            )
+        tables = map(read_label_table, files)
         table = next((table for table in tables if table is not None), None)
         if table is None:
             raise UsageError("the predictions carry no label names: name them with --labels names.json or -m MODEL")

@@ -23,7 +23,6 @@ from medseg3d.io.labels import count_labels
 Grade = Literal["fault", "doubt"]
 Grid = Geometry | tuple[int, ...]  # of a scan; of a picture its rows and columns
 
-_APART = 0.1  # voxels between the places of image and label that cannot be rounding
 _SOME = 5  # names in a sentence
 
 
@@ -206,7 +205,7 @@ def _differences(image: Grid, other: Grid) -> Iterator[tuple[Grade, str]]:
     elif not image.same_as(other):
         corners = np.array(list(np.ndindex(2, 2, 2))) * np.subtract(image.shape, 1)
         apart = float(np.linalg.norm(image.world(corners) - other.world(corners), axis=1).max())
-        grade: Grade = "fault" if apart > _APART * min(image.spacing) else "doubt"
+        grade: Grade = "doubt" if image.coincides(other) else "fault"
         yield grade, f"its voxels lie up to {apart:.3g} mm from the image's"
 
 

@@ -215,7 +215,13 @@ def _images(root: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:
 
 def case_names(given: Sequence[str], images: Sequence[tuple[Path, ...]], root: Path) -> list[str]:
     """A name for each case: the given one, else its first image's, which gets its folders where it is not alone."""
-    stems = [name or _CHANNEL.sub("", split_name(files[0])[0]) for name, files in zip(given, images, strict=True)]
+    plain = [split_name(files[0])[0] for files in images]
+    # A number of four digits is nnU-Net's of a channel, or the case's own: amos_0001.
+    first_channels = all(stem.endswith("_0000") for stem in plain)
+    stems = [
+        name or (_CHANNEL.sub("", stem) if len(files) > 1 or first_channels else stem)
+        for name, stem, files in zip(given, plain, images, strict=True)
+    ]
     count = Counter(stems)
     named = []
     for name, stem, files in zip(given, stems, images, strict=True):
@@ -279,6 +285,11 @@ def _label_names(data: Mapping[str, Any]) -> dict[int, str]:
     if all(str(key).isdecimal() for key in labels):
         names = {int(number): str(name) for number, name in labels.items()}
         return {0: "background", **dict(sorted(names.items()))} if names else {}
+    if "ignore" in labels:
+        raise ValueError(
+            f"nnU-Net's label 'ignore' ({labels['ignore']}) stands for voxels that nobody annotated, and medseg3d can "
+            'leave out whole organs of a case only ("contoured"): leave such cases out, or make it background'
+        )
     found: dict[int, tuple[int, str]] = {}  # number -> size of the smallest region that holds it, and its name
     for name, numbers in labels.items():
         region = [_whole(n, f"the label {name!r}") for n in (numbers if isinstance(numbers, list) else [numbers])]
@@ -321,9 +332,12 @@ def _read_folder(folder: Path) -> Dataset:
 def _scanned(folder: Path, end: str, split: str, ending: str, notes: list[str]) -> Iterator[Entry]:
     """The cases in images<end> with their files in labels<end>; labels without an image go to the notes."""
     images: dict[str, list[str]] = {}
-    for file in _files(folder / f"images{end}", ending):
-        images.setdefault(_CHANNEL.sub("", _stem(file, ending)), []).append(str(file.relative_to(folder)))
     labels = {_stem(file, ending): file for file in _files(folder / f"labels{end}", ending)}
+    files = {_stem(file, ending): str(file.relative_to(folder)) for file in _files(folder / f"images{end}", ending)}
+    for stem, file in files.items():
+        case = _CHANNEL.sub("", stem)
+        own = stem in labels or f"{case}_0000" not in files  # the number is the case's, not a channel's
+        images.setdefault(stem if own else case, []).append(file)
     notes += [f"labels{end}/{labels[name].name} has no image in images{end}" for name in sorted(labels.keys() - images)]
     for name, channels in images.items():
         entry: dict[str, Any] = {"case": name, "image": channels}

@@ -141,10 +141,8 @@ class ToModelGridd(MapTransform, InvertibleTransform):
             array = image.detach().cpu().numpy()
             if frame is None:
                 frame = self.grid.frame(array[0], image.affine.numpy())
-            elif not frame.source.same_as(Geometry(array.shape[1:], image.affine.numpy()), tolerance_mm=0.1):
-                raise ValueError(
-                    f"{key!r} does not lie on the grid of {self.keys[0]!r}: resample it to that grid first"
-                )
+            else:
+                _require_grid(key, _geometry(image), self.keys[0], frame.source)
             moved = _move_labels(frame, array) if key in self.label_keys else frame.image(array)
             result = MetaTensor(torch.from_numpy(_own(moved)), meta=dict(image.meta))
             result.applied_operations = list(image.applied_operations)
@@ -168,6 +166,45 @@ class ToModelGridd(MapTransform, InvertibleTransform):
             result.affine = torch.from_numpy(frame.target.affine.copy())
             output[key] = result
         return output
+
+
+class AxesLiked(MapTransform):
+    """Axes in the order and the directions of another image's, as two files of one scan may differ in them.
+
+    Args:
+        keys: what is turned; each (C, D, H, W) with an affine.
+        reference: the key of the image whose axes are taken.
+
+    Raises:
+        ValueError: it lies on another grid than the reference even then.
+    """
+
+    def __init__(self, keys: KeysCollection, reference: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.reference = reference
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = dict(data)
+        wanted = _geometry(_as_meta_tensor(output[self.reference]))
+        for key in self.key_iterator(output):
+            given = _as_meta_tensor(output[key])
+            turn = _geometry(given).reorient(wanted.orientation)
+            _require_grid(key, turn.target, self.reference, wanted)
+            turned = torch.from_numpy(_own(turn.image(given.detach().cpu().numpy())))
+            output[key] = MetaTensor(turned, affine=torch.from_numpy(turn.target.affine.copy()), meta=dict(given.meta))
+        return output
+
+
+def _geometry(image: MetaTensor) -> Geometry:
+    depth, height, width = image.shape[1:]
+    return Geometry((depth, height, width), image.affine.numpy())
+
+
+def _require_grid(key: Hashable, grid: Geometry, reference: Hashable, wanted: Geometry) -> None:
+    if not wanted.coincides(grid):
+        raise ValueError(
+            f"{key!r} does not lie on the grid of {reference!r}: {grid} for {wanted}; resample it to that grid first"
+        )
 
 
 class LabelsOnInputGridd(MapTransform):

@@ -71,7 +71,9 @@ class Series:
 
 
 def list_series(path: str | Path) -> tuple[Series, ...]:
-    """Every series of a DICOM file, folder (searched to any depth) or zip: usable ones first, CT first, largest first.
+    """Every series of a DICOM file, folder or zip: usable ones first, CT first, largest first.
+
+    Of a folder with DICOM files directly inside these are taken, of another one those at any depth.
 
     Images of one SeriesInstanceUID count as several series where their orientation, pixel spacing or matrix differ, or
     where the same positions were taken twice or more.
@@ -82,6 +84,8 @@ def list_series(path: str | Path) -> tuple[Series, ...]:
 
 def read_dicom(path: str | Path, uid: str | None = None) -> Volume:
     """Read one series of a DICOM file, folder or zip: the largest CT series, or the one with this SeriesInstanceUID.
+
+    Folders are searched as `list_series` does.
 
     Values are rescaled (HU for CT), int16 if they are whole and fit; padding around the CT's field of view becomes
     -1024 HU. A tilted gantry gives a sheared grid, uneven or missing slices are interpolated (see `stack_slices`). All
@@ -114,13 +118,36 @@ def read_dicom(path: str | Path, uid: str | None = None) -> Volume:
 def _sources(path: Path) -> Iterator[Sources]:
     """How to open each DICOM file, by name. Members of a zip are read in memory, so that no path in it is ever used."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        yield {str(file.relative_to(path)): partial(_opened, file) for file in files if is_dicom(file)}
+        files = _dicom_files(path, "*") or _dicom_files(path, "**/*")
+        yield {str(file.relative_to(path)): partial(_opened, file) for file in files}
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             yield {name: partial(_member, archive, name) for name in sorted(dicom_members(archive))}
     else:
         yield {path.name: partial(_opened, path)}
+
+
+def _dicom_files(folder: Path, pattern: str) -> list[Path]:
+    files = (file for file in folder.glob(pattern) if file.is_file() and not file.name.startswith("."))
+    return sorted(filter(is_dicom, files))
+
+
+def spread_series(folders: Sequence[Path]) -> list[list[Path]]:
+    """Those of `folders` that hold one series together, by the files directly inside."""
+    sharing: dict[str, list[Path]] = {}
+    for folder in folders:
+        first = next(iter(_dicom_files(folder, "*")), None)
+        uid = "" if first is None else str(_header(partial(_opened, first)).get("SeriesInstanceUID", ""))
+        sharing.setdefault(uid, []).append(folder)
+    spread = []
+    for uid, parts in sharing.items():
+        if uid and len(parts) > 1:
+            files = [file for part in parts for file in _dicom_files(part, "*")]
+            series = _grouped({str(file): partial(_opened, file) for file in files})
+            # Phases of one UID, a folder each, are series of their own: they lie at the same places.
+            if sum(one.uid == uid and not one.rejected for one in series) == 1:
+                spread.append(parts)
+    return spread
 
 
 def _opened(path: Path) -> IO[bytes]:

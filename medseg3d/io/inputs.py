@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ def find_inputs(items: Sequence[str | Path] | str | Path, pictures: bool = False
     """Cases among files, folders, zips of DICOM files and patterns such as "scans/*.nii.gz" ("**" for any depth).
 
     A file given by name or pattern is taken if its format is known. In a folder, every image file directly inside is a
-    case, and so is every folder with DICOM files, at any depth; what medseg3d wrote there (`*_seg`, `*.entropy`,
-    `*.margin`) is not, and hidden files are passed over. A case is named after its file or DICOM folder; where two
-    would have one name, the folders above are put in front.
+    case, and so is every folder with DICOM files, at any depth (folders that hold one series together are one case);
+    what medseg3d wrote there (`*_seg`, `*.entropy`, `*.margin`) is not, and hidden files are passed over. A case is
+    named after its file or DICOM folder; where two would have one name, the folders above are put in front.
 
     With ``pictures`` PNG, JPEG, TIFF and BMP files are the cases and scans are not, by the same rules; previews of
     medseg3d's (`*.preview`) in a folder are none either.
@@ -66,8 +67,10 @@ def find_inputs(items: Sequence[str | Path] | str | Path, pictures: bool = False
         reasons += [f"and {len(skipped) - 5} more"] if len(skipped) > 5 else []
         wanted = "picture" if pictures else "scan"
         raise NothingFound(f"no {wanted} to read among the inputs ({'; '.join(reasons)})")
-    names = _unique_names(list(found))
-    return Inputs(tuple(Case(names[key], path, kind) for key, (path, kind) in found.items()), tuple(skipped))
+    # As they were given: a link has a name of its own, which may hide that of what it leads to.
+    given = {Path(os.path.abspath(path)): (path, kind) for path, kind in found.values()}
+    names = _unique_names(list(given))
+    return Inputs(tuple(Case(names[key], path, kind) for key, (path, kind) in given.items()), tuple(skipped))
 
 
 _Outcome = tuple[Path, Kind | None, str]  # a path with its kind or, if it is no case, the reason
@@ -87,7 +90,7 @@ def _look(path: Path, pictures: bool) -> Iterator[_Outcome]:
 
 def _look_at(path: Path, pictures: bool) -> Iterator[_Outcome]:
     if path.is_dir():
-        outcomes = list(_look_in(path, pictures))
+        outcomes = _with_whole_series(list(_look_in(path, pictures)))
         yield from outcomes or [(path, None, "the folder holds no image file")]
     elif path.exists():
         yield path, *_kind_or_reason(path, pictures)
@@ -115,6 +118,32 @@ def _look_in(folder: Path, pictures: bool, top: bool = True) -> Iterator[_Outcom
     for entry in entries:
         if entry.is_dir():
             yield from _look_in(entry, pictures, top=False)
+
+
+def _with_whole_series(outcomes: list[_Outcome]) -> list[_Outcome]:
+    """Of folders that hold parts of one series, the one above them that holds nothing else, or why there is none."""
+    folders = [path for path, kind, _ in outcomes if kind == "dicom" and path.is_dir()]
+    if len(folders) < 2:
+        return outcomes
+    try:
+        from medseg3d.io.dicom import spread_series
+    except ModuleNotFoundError:  # which is told where the cases are read
+        return outcomes
+    for parts in spread_series(folders):
+        above = Path(os.path.commonpath(parts))
+        inside = [folder for folder in folders if folder == above or above in folder.parents]
+        if set(inside) == set(parts) and above not in parts:
+            where = next(at for at, (path, _, _) in enumerate(outcomes) if path in parts)
+            outcomes = [outcome for outcome in outcomes if outcome[0] not in parts]
+            outcomes.insert(where, (above, "dicom", ""))
+        else:
+            why = "a part of a series that goes on in {}: put all of it, and nothing else, into one folder"
+            other = {part: next(one for one in parts if one != part) for part in parts}
+            outcomes = [
+                (path, None, why.format(other[path])) if path in parts else (path, kind, reason)
+                for path, kind, reason in outcomes
+            ]
+    return outcomes
 
 
 def _in_folder(file: Path, kind: Kind | None, reason: str) -> tuple[Kind | None, str]:

@@ -49,6 +49,7 @@ def read_itk_grid(path: Path) -> Geometry:
     """Where the voxels lie, by the header alone; ValueError as in `read_itk`."""
     header = sitk.ImageFileReader()
     header.SetFileName(str(path))
+    header.SetImageIO(_reader_of(path))
     try:
         header.ReadImageInformation()
     except RuntimeError as error:
@@ -97,9 +98,14 @@ def _read(path: Path) -> sitk.Image:
         if not file.read(1):
             raise ValueError(f"{path} is empty (0 bytes): copy or export it again")
     try:
-        return sitk.ReadImage(str(path))
+        return sitk.ReadImage(str(path), imageIO=_reader_of(path))
     except RuntimeError as error:
         raise _unreadable(path) from error
+
+
+def _reader_of(path: Path) -> str:
+    """ITK's reader of the format; left to itself it does not know .MHA."""
+    return "MetaImageIO" if split_name(path)[1].startswith(".mh") else "NrrdImageIO"
 
 
 def _unreadable(path: Path) -> ValueError:

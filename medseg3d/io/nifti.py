@@ -178,8 +178,10 @@ def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path, notes
     if not (np.isfinite(pixdim) & (pixdim != 0)).all():
         raise ValueError(f"{path} has a spacing of {pixdim.tolist()}; each must be above 0 mm: correct its header")
     header["pixdim"][1:4] = np.abs(pixdim)  # old writers put a flip there; NIfTI gives it no meaning
+    if header["pixdim"][0] not in (-1, 1):
+        header["pixdim"][0] = 1  # as the standard has it for 0
     try:
-        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+        sform, qform = header.get_sform(coded=True)[0], _qform(header, notes)
         affine = sform if sform is not None else qform
         if affine is None:
             affine = header.get_base_affine()
@@ -200,6 +202,18 @@ def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path, notes
         if apart > _DISAGREE:
             notes.append(f"sform and qform place voxels up to {apart:.1f} mm apart; the sform is used")
     return geometry.affine
+
+
+def _qform(header: Nifti1Header, notes: list[str]) -> np.ndarray | None:
+    """The matrix of the quaternion, if there is one; one that is no rotation is given up where there is an sform."""
+    try:
+        return header.get_qform(coded=True)[0]
+    except (ValueError, HeaderDataError) as error:
+        if header["sform_code"] <= 0:
+            raise ValueError(f"its qform is damaged ({error}) and there is no sform: export it again") from error
+        header["qform_code"] = 0
+        notes.append("the qform is damaged; the sform is used")
+        return None
 
 
 def _dtype(header: Nifti1Header, path: Path) -> np.dtype:

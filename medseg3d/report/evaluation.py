@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg3d.errors import in_words
-from medseg3d.io import read_volume
+from medseg3d.io import read_label_table, read_volume
 from medseg3d.io.formats import KINDS, split_name
 from medseg3d.io.labels import count_labels
 from medseg3d.metrics.evaluate import COLUMNS, Row, evaluate_case
@@ -100,10 +100,13 @@ def evaluate_files(
 ) -> list[Row]:
     """:func:`evaluate_volumes` of two label map files.
 
-    Raises ValueError when a file is no label map, or the two are not on the same grid.
+    Raises ValueError when a file is no label map, says that it has another number for one of the labels, or the two are
+    not on the same grid.
     """
     names = (str(prediction), str(reference))
     sides = read_label_map(prediction), read_label_map(reference)
+    for path in (prediction, reference):
+        _require_numbers(path, labels)
     return evaluate_volumes(*sides, labels, nsd_tolerance_mm, annotated, names)
 
 
@@ -269,4 +272,19 @@ def read_label_map(path: str | Path) -> Volume:
         if not np.array_equal(whole, volume.array):
             raise ValueError(f"{path} is no label map: it holds fractions, such as probabilities or an image do")
         volume = volume.with_array(whole.astype(np.int32))
+    if volume.array.min(initial=0) < 0:
+        raise ValueError(f"{path} is no label map: it holds numbers below 0, as a CT does; give the segmentation of it")
     return volume
+
+
+def _require_numbers(path: str | Path, labels: Mapping[int, str]) -> None:
+    """A file that names its labels must mean the same by the same number."""
+    table = read_label_table(path)
+    numbers = {name.casefold(): number for number, name in labels.items()}
+    for number, name in table.names.items() if table is not None else ():
+        wanted = numbers.get(name.casefold(), number)
+        if wanted != number:
+            raise ValueError(
+                f"{path} calls {name} label {number}, but here it is {wanted}: numbers are compared, so both sides "
+                "must use the same for an organ; renumber one of them"
+            )

@@ -24,7 +24,7 @@ def grid_record(geometry: Geometry) -> dict[str, Any]:
 
 def require_same_grid(first: Geometry, second: Geometry, names: tuple[str, str]) -> None:
     """ValueError that describes both grids, the grids of `names`, unless they agree in space to 1/20 voxel."""
-    if not first.same_as(second, tolerance_mm=min(first.spacing) / 20):
+    if not first.coincides(second):
         grids = (f"{name} on {g}" for name, g in zip(names, (first, second), strict=True))
         raise ValueError(f"both must lie on one grid, got {' and '.join(grids)}; resample one onto the other first")
 

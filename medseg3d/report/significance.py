@@ -48,12 +48,14 @@ def interval(samples: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
 def paired_p(differences: np.ndarray) -> float:
     """p of the two-sided Wilcoxon signed rank test of a difference for each patient (P,); NaN ones are left out.
 
-    1 where all are 0; NaN where there is none. Of n patients p cannot be less than 2 / 2^n.
+    Patients without a difference are left out too, as Wilcoxon has it: p cannot be less than 2 / 2^n of the n others.
+    1 where all are 0; NaN where there is none.
     """
     known = differences[np.isfinite(differences)]
     if not len(known):
         return np.nan
-    return float(stats.wilcoxon(known).pvalue) if known.any() else 1.0
+    changed = known[known != 0]  # with zeros SciPy would take the normal distribution, however few are left
+    return float(stats.wilcoxon(changed).pvalue) if len(changed) else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,12 @@ class ResumeFromLast:
     def _start(self, engine: Engine) -> None:
         # Handlers run in the order of their attachment. To be the last of each epoch, so that what the others do there
         # (a step of the learning rate, validation) is in the file, saving is attached when all others are.
+        loader = engine.state.dataloader
+        if isinstance(loader, Sized) and not len(loader):  # epochs would pass without a step, and end well
+            raise ValueError(
+                "there is no batch to train on: batch_size is larger than the number of training cases, or than each "
+                "process's share of them; lower it"
+            )
         self.load(engine)
         if not engine.has_event_handler(self.save, Events.EPOCH_COMPLETED):
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
@@ -101,6 +107,12 @@ class ResumeFromLast:
             raise ValueError(
                 f"{self.path} has no {', '.join(missing)}: another train.json wrote it, so its run cannot go on with "
                 "this one; choose another output folder"
+            )
+        steps = engine.state.epoch_length or 0
+        if checkpoint["iteration"] != checkpoint["epoch"] * steps:
+            raise ValueError(
+                f"the run in {self.path} had {checkpoint['iteration'] // max(checkpoint['epoch'], 1)} iterations an "
+                f"epoch, so it cannot go on with {steps}: give the number it had, or choose another output folder"
             )
         for name, target in self.save_dict.items():
             state = checkpoint[name]

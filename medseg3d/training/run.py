@@ -30,6 +30,14 @@ _LOGGERS = (
 )
 
 
+_FLAGS = {
+    "bundle_root": "-m (bundle)",
+    "dataset_dir": "--dataset-dir (dataset_dir)",
+    "output_dir": "-o (output_dir)",
+    "device": "-d (device)",
+}  # ids of a train.json that have an argument of their own
+
+
 def train_bundle(
     bundle: Path,
     dataset_dir: str | Path,
@@ -68,6 +76,8 @@ def train_bundle(
             raise FileNotFoundError(f"{bundle} has no configs/{Path(config).name}, so medseg3d cannot train it")
     if not Path(dataset_dir).is_dir():
         raise FileNotFoundError(f"the dataset folder {dataset_dir} does not exist")
+    if flags := [flag for name, flag in _FLAGS.items() if name in settings]:
+        raise ValueError(f"what {' and '.join(flags)} says cannot be set besides: give that in place of the setting")
     _require_ids(configs, settings)
     settings |= {"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
     if not several or device != "auto":  # each of several processes finds its own

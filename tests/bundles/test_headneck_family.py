@@ -91,6 +91,22 @@ def test_a_network_is_trained_as_it_is_run(bundle):
         assert len(scalers) == 2 and vars(scalers[0]) == vars(scalers[1])
 
 
+def test_a_fold_is_validated_and_evaluated_with_the_same_cases(bundle, monkeypatch):
+    lists = []
+    for config in ("train", "evaluate"):
+        names = ["train"] if config == "train" else ["train", "evaluate"]
+        parser = ConfigParser()
+        parser.read_config([bundle.path / "configs" / f"{name}.json" for name in names])
+        lists.append(parser["validate::dataset::data"].replace("[:@cases]", "").replace("'validation'", "@split"))
+    assert lists[0] == lists[1] == "$datalist(@manifest, @dataset_dir, @split, fold=@fold)"
+
+
+def test_scans_smaller_than_a_window_are_validated_in_air(bundle):
+    (inferer, low) = parsed(bundle, ["train"], "validate::inferer", "scale_intensity::b_min")
+    padded = getattr(inferer, "cval", getattr(inferer, "padding_value", low))
+    assert padded == low < -3
+
+
 def test_it_trains(bundle, phantoms, tmp_path):
     settings = {"epochs": 1, "iterations_per_epoch": 2, "val_interval": 1, "batch_size": 2, **TINY[bundle.name]}
     run(bundle, "train", output_dir=str(tmp_path), **phantoms.overrides, **settings)

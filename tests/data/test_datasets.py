@@ -49,6 +49,39 @@ def test_a_case_of_nnunet_that_is_no_object_is_told(save, tmp_path):
         read_dataset(tmp_path)
 
 
+def test_a_number_of_four_digits_may_be_the_cases_own(save, touch, tmp_path):
+    numbers = ("0001", "0004", "0005")
+    entries = [{"image": f"imagesTr/amos_{n}.nii.gz", "label": f"labelsTr/amos_{n}.nii.gz"} for n in numbers]
+    listed = read_dataset(save("list.json", {"training": entries}))
+    assert [case.name for case in listed.cases] == [f"amos_{n}" for n in numbers]
+    assert [case.patient for case in with_patients(listed, r"(\d+)$").cases] == list(numbers)
+    touch(*(file for entry in entries for file in entry.values()), "imagesTs/amos_0008.nii.gz")
+    folder = read_dataset(tmp_path)
+    assert [(case.name, len(case.images), case.split) for case in folder.cases] == [
+        *((f"amos_{n}", 1, "train") for n in numbers),
+        ("amos_0008", 1, "test"),
+    ]
+    assert folder.notes == ()
+
+
+def test_channels_of_nnunet_are_no_names(save, touch, tmp_path):
+    one = [{"image": f"case{n}_0000.nii.gz"} for n in range(2)]
+    assert [case.name for case in read_dataset(save("one.json", {"training": one})).cases] == ["case0", "case1"]
+    several = [{"image": ["case7_0000.nii.gz", "case7_0001.nii.gz"]}, {"image": ["other_0001.nii.gz"]}]
+    assert [case.name for case in read_dataset(save("two.json", {"training": several})).cases] == [
+        "case7",
+        "other_0001",
+    ]
+
+
+def test_voxels_to_ignore_are_refused(save, tmp_path):
+    save("dataset.json", {"labels": {"background": 0, "liver": 1, "ignore": 2}, "file_ending": ".nii.gz"})
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "imagesTr" / "a_0000.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"label 'ignore' \(2\) stands for voxels that nobody annotated.*leave such"):
+        read_dataset(tmp_path)
+
+
 def test_patient_0_is_a_patient(save):
     entries = [
         {"image": f"{name}.nii.gz", "patient": patient} for name, patient in zip("abcd", (0, 0, 1, ""), strict=True)
@@ -147,7 +180,7 @@ class TestFolder:
         assert dataset.notes == ("labelsTr/k3.mha has no image in imagesTr",)
 
     def test_regions_name_the_numbers_within(self, save, touch, tmp_path):
-        regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+        regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
         save("dataset.json", {"labels": regions, "file_ending": ".nii.gz"})
         touch("imagesTr/a_0000.nii.gz")
         assert read_dataset(tmp_path).labels == {
@@ -155,7 +188,6 @@ class TestFolder:
             1: "whole 1",
             2: "core 2",
             3: "enhancing",
-            4: "ignore",
         }
 
     def test_cases_listed_by_name(self, save, tmp_path):

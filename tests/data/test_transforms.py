@@ -12,6 +12,7 @@ from monai.transforms import Compose, Invertd
 from scipy import ndimage
 
 from medseg3d.data.transforms import (
+    AxesLiked,
     LabelsOnInputGridd,
     ModelGrid,
     RandFieldOfViewd,
@@ -224,8 +225,26 @@ class TestToModelGrid:
     def test_another_grid_is_refused(self):
         data = self.data()
         data["label"].affine[0, 3] += 5
-        with pytest.raises(ValueError, match="'label' does not lie on the grid of 'image'"):
+        with pytest.raises(ValueError, match=r"'label' does not lie on the grid of 'image': .* resample it"):
             ToModelGridd(("image", "label"), "label")(data)
+
+    def test_what_rounding_explains_is_one_grid(self):
+        """As `medseg3d check` has it: in voxels, not in mm."""
+        data = self.data()
+        data["label"].affine[0, 3] += min(SPACING) * 0.04
+        ToModelGridd(("image", "label"), "label")(data)
+        data["label"].affine[0, 3] += min(SPACING) * 0.04
+        with pytest.raises(ValueError, match="does not lie on the grid"):
+            ToModelGridd(("image", "label"), "label")(data)
+
+    def test_axes_as_those_of_the_image(self):
+        data, turned = self.data("LPS"), self.data("SAR")
+        got = AxesLiked("label")({"image": data["image"], "label": turned["label"]})
+        np.testing.assert_array_equal(got["label"].numpy(), data["label"].numpy())
+        np.testing.assert_allclose(got["label"].affine, data["label"].affine, atol=1e-9)
+        turned["label"].affine[0, 3] += 5
+        with pytest.raises(ValueError, match="'label' does not lie on the grid of 'image'"):
+            AxesLiked("label")({"image": data["image"], "label": turned["label"]})
 
     def test_an_image_without_a_record_is_refused(self):
         with pytest.raises(ValueError, match="no record of ToModelGridd: put it into the preprocessing"):

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 pydicom = pytest.importorskip("pydicom")
 
-from medseg3d.io import as_volume, list_series, read_dicom, read_volume  # noqa: E402
+from medseg3d.io import as_volume, find_inputs, list_series, read_dicom, read_volume  # noqa: E402
 
 TILTED = (1, 0, 0, 0, np.cos(np.radians(15)), -np.sin(np.radians(15)))
 
@@ -107,6 +107,32 @@ def test_one_position_with_two_images_is_refused(series, dicom_slice):
     dicom_slice(folder, 2, (-10, -20, 34.0), pixels=np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"000\d\.dcm and 000\d\.dcm differ but lie at one place"):
         read_dicom(folder)
+
+
+def test_a_series_above_others_is_read_alone(series, tmp_path):
+    series(count=3, folder="study")
+    series(count=6, folder="study/later", series="9.9")
+    assert read_volume(tmp_path / "study").shape == (4, 3, 3)
+    cases = find_inputs(tmp_path / "study").cases
+    assert [(case.name, read_volume(case.path).shape[2]) for case in cases] == [("study", 3), ("later", 6)]
+
+
+def test_a_series_in_several_folders_is_one_case(series, tmp_path):
+    series(count=6, folder="study/a", skip=(3, 4, 5))
+    series(count=6, folder="study/b", skip=(0, 1, 2))
+    (case,) = find_inputs(tmp_path / "study").cases
+    np.testing.assert_array_equal(read_volume(case.path).array, expected(6))
+    series(count=6, folder="study/c", series="9.9")  # now the folder above holds more than that series
+    found = find_inputs(tmp_path / "study")
+    assert [case.name for case in found.cases] == ["c"]
+    assert all("a part of a series that goes on in" in reason for _, reason in found.skipped)
+    assert [path.name for path, _ in found.skipped] == ["a", "b"]
+
+
+def test_phases_in_folders_of_their_own_are_cases(series, tmp_path):
+    for number in range(2):
+        series(count=4, folder=f"study/{number}", AcquisitionNumber=number)
+    assert [case.name for case in find_inputs(tmp_path / "study").cases] == ["0", "1"]
 
 
 def test_phases_in_one_series_are_told_apart(series):

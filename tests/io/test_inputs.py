@@ -121,6 +121,17 @@ def test_the_same_file_twice_is_one_case(place, tmp_path):
     assert [reason for _, reason in found.skipped] == ["given twice", "given twice"]
 
 
+def test_a_link_keeps_its_name(place, tmp_path):
+    place("store/SMITH_JOHN.nii.gz")
+    links = tmp_path / "pseudonyms"
+    links.mkdir()
+    for name in ("case_1.nii.gz", "case_2.nii.gz"):
+        (links / name).symlink_to(tmp_path / "store" / "SMITH_JOHN.nii.gz")
+    found = find_inputs(links)
+    assert names(found) == [("case_1", "nifti")]
+    assert reasons(found) == {"case_2.nii.gz": "given twice"}
+
+
 def test_what_is_missing_is_skipped_while_there_is_a_case(place, tmp_path):
     found = find_inputs([place("ct.nii.gz"), tmp_path / "absent.nii.gz"])
     assert len(found.cases) == 1 and reasons(found) == {"absent.nii.gz": "no such file or folder"}

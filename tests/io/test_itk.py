@@ -3,7 +3,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medseg3d.io import LabelTable, as_volume, read_label_table, read_volume, write_label_map, write_volume
+from medseg3d.io import (
+    LabelTable,
+    as_volume,
+    read_geometry,
+    read_label_table,
+    read_volume,
+    write_label_map,
+    write_volume,
+)
 from medseg3d.volume import Volume
 
 TABLE = LabelTable({1: "left lung", 3: "right"}, {3: (1, 128, 255)})
@@ -32,6 +40,15 @@ def test_voxels_lie_where_simpleitk_puts_them(tmp_path, suffix):
         for index in ((0, 0, 0), (4, 0, 0), (1, 2, 1), (4, 3, 2)):
             assert volume.array[index] == made[index]
             np.testing.assert_allclose(volume.geometry.world(index), world(made, index), atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["MHA", "NRRD", "Mhd"])
+def test_capitals_in_a_suffix_do_not_matter(tmp_path, suffix):
+    made = image()
+    sitk.WriteImage(made, str(tmp_path / f"a.{suffix.lower()}"))
+    (tmp_path / f"a.{suffix.lower()}").rename(tmp_path / f"b.{suffix}")
+    np.testing.assert_array_equal(read_volume(tmp_path / f"b.{suffix}").array, as_volume(made).array)
+    assert read_geometry(tmp_path / f"b.{suffix}").same_as(as_volume(made).geometry)
 
 
 @pytest.mark.parametrize("suffix", ["nrrd", "seg.nrrd", "mha"])

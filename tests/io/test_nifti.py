@@ -296,6 +296,30 @@ def test_a_stale_header_does_not_win_over_the_volume(tmp_path):
     np.testing.assert_array_equal(nib.load(tmp_path / "out.nii.gz").affine, elsewhere.affine)
 
 
+def test_what_other_readers_forgive_in_a_qform(tmp_path):
+    """pixdim[0] = 0 counts as 1; a quaternion that is no rotation does not matter beside an sform."""
+    raw = bytearray(saved(tmp_path / "a.nii", edit=lambda image: image.set_qform(AFFINE, 1)).read_bytes())
+    expected = read_volume(tmp_path / "a.nii")
+    raw[76:80] = bytes(4)
+    raw[254:256] = bytes(2)  # no sform
+    (tmp_path / "qfac.nii").write_bytes(raw)
+    positive = np.linalg.det(AFFINE[:3, :3]) > 0
+    read = read_volume(tmp_path / "qfac.nii")
+    np.testing.assert_allclose(read.affine, nib.load(tmp_path / "qfac.nii").affine, atol=1e-4)
+    assert np.allclose(read.affine, AFFINE, atol=1e-4) == positive
+    raw[256:268] = np.array([0.8, 0.8, 0.3], "<f4").tobytes()
+    (tmp_path / "damaged.nii").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"damaged\.nii: its qform is damaged .* there is no sform: export it again"):
+        read_volume(tmp_path / "damaged.nii")
+    raw[254:256] = (1).to_bytes(2, "little")
+    (tmp_path / "beside.nii").write_bytes(raw)
+    beside = read_volume(tmp_path / "beside.nii")
+    np.testing.assert_array_equal(beside.affine, expected.affine)
+    assert beside.header["notes"] == ("the qform is damaged; the sform is used",) and beside.header["qform_code"] == 0
+    write_volume(beside, tmp_path / "again.nii.gz")
+    np.testing.assert_allclose(nib.load(tmp_path / "again.nii.gz").affine, expected.affine)
+
+
 def test_only_a_grid_without_shear_gets_a_qform(tmp_path):
     straight, sheared = AFFINE, AFFINE @ np.array([[1, 0.3, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     for affine, code in ((straight, 1), (sheared, 0)):

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medseg3d.io import write_label_map
 from medseg3d.report.evaluation import (
     case_name,
     evaluate_files,
@@ -15,6 +16,7 @@ from medseg3d.report.evaluation import (
     summary_table,
     write_evaluation_csv,
 )
+from medseg3d.volume import Volume
 
 LABELS = {1: "brainstem", 2: "larynx"}
 AFFINE = np.diag([2.0, 1.0, 5.0, 1.0])
@@ -163,6 +165,25 @@ def test_refused_files(tmp_path):
     fractions = save(tmp_path / "fractions.nii.gz", label_map(4, 5).astype(np.float32) / 3)
     with pytest.raises(ValueError, match=r"fractions.nii.gz is no label map"):
         evaluate_files(fractions, good, LABELS)
+
+
+def test_a_ct_is_no_reference(tmp_path):
+    prediction = save(tmp_path / "p.nii.gz", label_map(4, 5))
+    ct = save(tmp_path / "ct.nii.gz", label_map(4, 5).astype(np.int16) - 1000)
+    with pytest.raises(ValueError, match=r"ct.nii.gz is no label map: it holds numbers below 0"):
+        evaluate_files(prediction, ct, LABELS)
+
+
+def test_other_numbers_for_the_same_names_are_refused(tmp_path):
+    volume = Volume(label_map(4, 5), AFFINE)
+    prediction = write_label_map(volume, tmp_path / "p.nii.gz", LABELS)
+    swapped = dict(zip(LABELS, reversed(LABELS.values()), strict=True))
+    reference = write_label_map(volume, tmp_path / "r.seg.nrrd", swapped)
+    with pytest.raises(ValueError, match=r"r.seg.nrrd calls .* label 1, but here it is 2: .* renumber one of them"):
+        evaluate_files(prediction, reference, LABELS)
+    evaluate_files(
+        prediction, write_label_map(volume, tmp_path / "s.nii.gz", {1: "Another name", 2: "One more"}), LABELS
+    )
 
 
 def test_a_case_that_fails_does_not_stop_the_others(folders):

@@ -48,6 +48,8 @@ def test_p_of_pairs():
     assert paired_p(np.array([1.0, NAN, 2, 3, 4, 5, 6])) == 2 / 2**6
     assert paired_p(np.zeros(5)) == 1
     assert np.isnan(paired_p(np.array([NAN])))
+    few = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert paired_p(np.concatenate([np.zeros(15), few])) == paired_p(few) == 2 / 2**5  # ties tell nothing
     mixed = np.array([0.3, -0.1, 0.4, 0.2, -0.25, 0.6, 0.5])
     assert paired_p(mixed) == paired_p(-mixed) == stats.wilcoxon(mixed).pvalue
 

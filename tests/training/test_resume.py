@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events, State
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import DataLoader
 
 from medseg3d.training import BestWeights, ResumeFromLast
 
@@ -80,6 +81,24 @@ def test_a_run_of_another_config_is_told_so(tmp_path):
     resume = ResumeFromLast(tmp_path / "last.pt", {"model": nn.Linear(2, 1), "ema": nn.Linear(2, 1)})
     with pytest.raises(ValueError, match=r"last.pt has no ema: another train.json wrote it"):
         resume.load(Engine(lambda engine, batch: None))
+
+
+def test_another_number_of_iterations_is_told(tmp_path):
+    Training(tmp_path, [0, 0], epochs=9).run(2)
+    longer = Training(tmp_path, [0, 0], epochs=9)
+    with pytest.raises(ValueError, match=r"had 1 iterations an epoch, so it cannot go on with 3: give the number"):
+        longer.trainer.run([0, 0, 0], max_epochs=9)
+
+
+def test_a_run_without_a_batch_is_refused(tmp_path):
+    """As of one case with drop_last and a batch size of two: its epochs would pass without a step."""
+    training = Training(tmp_path, [0], epochs=2)
+    loader = DataLoader([0], batch_size=2, drop_last=True)
+    with pytest.raises(
+        ValueError, match="no batch to train on: batch_size is larger than the number of training cases"
+    ):
+        training.trainer.run(loader, max_epochs=2, epoch_length=1)
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_names_have_no_prefix_of_the_parallel_wrapper(tmp_path):

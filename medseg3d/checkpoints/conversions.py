@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from medseg3d.layers.positions import interpolate_positions
 
-POSITIONS = "position_embeddings"
+SWIN_POSITIONS = "absolute_pos_embed"  # of its authors, in 2D
+# How the names of position tables end, (1, tokens, width).
+POSITIONS = ("position_embeddings", SWIN_POSITIONS)
 BIAS_TABLE = "relative_position_bias_table"
 FOLDED = "MONAI 0.6 stored it; it is subtracted from the running mean of the batch norm behind it, which is the same"
 # V-Net of MONAI 0.6: bias of a convolution -> running mean of the batch norm that follows it.
@@ -73,7 +75,7 @@ def resize_positions(
         table_1NE: (1, tokens, width).
         key: the network's key of its own table.
         network: the network.
-        file_grid: tokens along each axis in the file; a cube or a square if not given.
+        file_grid: tokens along each axis in the file; a cube, or in 2D a square, if not given.
 
     Raises:
         ValueError: a grid cannot be told from the number of tokens.
@@ -83,7 +85,8 @@ def resize_positions(
         return table_1NE
     embedding = network.get_submodule(key.rpartition(".")[0])
     new_grid = getattr(embedding, "grid", None)
-    axes = len(file_grid or new_grid or _conv_axes(embedding) or (0, 0, 0))
+    usual_axes = (0, 0) if key.endswith(SWIN_POSITIONS) else (0, 0, 0)
+    axes = len(file_grid or new_grid or _conv_axes(embedding) or usual_axes)
     new_grid = new_grid or _regular_grid(own.shape[1], axes, f"the network's {key}")
     old_grid = file_grid or _regular_grid(table_1NE.shape[1], axes, f"the file's {key}")
     return interpolate_positions(table_1NE, old_grid, new_grid)

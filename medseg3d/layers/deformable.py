@@ -33,7 +33,8 @@ def deform_conv2d(
     """Convolution whose taps look where ``offset`` says, bilinearly, with zeros outside the image.
 
     Taps are computed one after the other, so that the memory is that of one input at the size of the output and not of
-    all taps; gradients reach every tensor.
+    all taps; gradients reach every tensor. Places are computed in float32 at least, whatever the input is: in half
+    precision they would be whole voxels off beyond the 256th.
 
     Args:
         input: (B, I, H, W).
@@ -55,8 +56,8 @@ def deform_conv2d(
     batch, inputs, height, width = input.shape
     rows, columns = offset.shape[2:]
     groups = inputs // weight.shape[1]
-    grouped = input.reshape(batch * offset_groups, inputs // offset_groups, height, width)
-    offset = offset.unflatten(1, (offset_groups, -1, 2)).flatten(0, 1)
+    grouped = _in_full_precision(input).reshape(batch * offset_groups, inputs // offset_groups, height, width)
+    offset = _in_full_precision(offset).unflatten(1, (offset_groups, -1, 2)).flatten(0, 1)
     if mask is not None:
         mask = mask.unflatten(1, (offset_groups, -1)).flatten(0, 1)
     first_row = torch.arange(rows, device=input.device) * steps[0] - edges[0]
@@ -65,7 +66,7 @@ def deform_conv2d(
     for tap, (i, j) in enumerate(_taps(weight)):
         y = offset[:, tap, 0] + (first_row + i * spread[0]).view(-1, 1)
         x = offset[:, tap, 1] + first_column + j * spread[1]
-        found = _sample(grouped, y, x)
+        found = _sample(grouped, y, x).to(input.dtype)
         if mask is not None:
             found = found * mask[:, tap, None]
         found = found.reshape(batch, inputs, rows, columns)
@@ -84,7 +85,12 @@ def _sample(x: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.T
     height, width = x.shape[2:]
     # Sizes of 1 would divide by zero; without aligned corners the scale is that of voxels' edges.
     grid = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], dim=-1)
+    # Autocast leaves values and grid as they are where both are of float32.
     return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _in_full_precision(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(

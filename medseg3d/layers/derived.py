@@ -6,26 +6,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def is_plain_eager() -> bool:
-    """Whether the operations just run: nothing compiles, exports, traces, scripts or counts them."""
+    """Whether the operations just run: nothing compiles, exports, traces, scripts, counts or transforms them."""
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
-    return _get_current_dispatch_mode() is None
+    # Transforms are those of torch.func, which our autograd functions do not know.
+    return _get_current_dispatch_mode() is None and peek_interpreter_stack() is None
 
 
 def _state(source: torch.Tensor) -> tuple[Any, ...]:
     version = None if source.is_inference() else source._version
-    return source.data_ptr(), version, source.dtype, source.device, source.shape
+    return source.data_ptr(), version, source.dtype, source.device, source.shape, source.stride(), _sum_of_bits(source)
+
+
+def _sum_of_bits(source: torch.Tensor) -> int:
+    """All values, read as whole numbers and added up modulo 2^64: any change of one value changes it.
+
+    Eight bytes at a time, which is as fast as memory. Changes that cancel go unseen, as of values that swap places.
+    """
+    in_memory = source.detach().permute(sorted(range(source.dim()), key=source.stride, reverse=True))
+    rows = in_memory.unsqueeze(-1).flatten(1)
+    layout = rows.shape[1], rows.stride(0), rows.storage_offset()
+    for number in (torch.int64, torch.int32, torch.int16, torch.int8):
+        values = number.itemsize // rows.element_size()
+        if values == 1 or (values > 1 and rows.stride(1) == 1 and not any(n % values for n in layout)):
+            return int(rows.view(number).sum())
+    raise AssertionError(f"parameters of {source.dtype} are not looked at")
 
 
 class Derived:
     """A tensor computed from parameters, kept until one of them changes.
 
-    Nothing is kept while gradients are recorded or a compiler looks on, nor copied or pickled with the module. What is
-    changed through ``.data`` of a parameter, without its version counter, goes unseen.
+    Nothing is kept while gradients are recorded or a compiler looks on, nor off the CPU, where looking at the values
+    would mean to wait for them, nor copied or pickled with the module.
     """
 
     def __init__(self) -> None:
@@ -35,8 +52,10 @@ class Derived:
 
     def __call__(self, compute: Callable[..., Any], *sources: torch.Tensor, also: Any = None) -> Any:
         """``compute(*sources)``, or what it gave for the same sources; ``also`` is what else it depends on."""
-        if torch.is_grad_enabled() or not is_plain_eager():
+        on_cpu = all(source.device.type == "cpu" for source in sources)
+        if not on_cpu or torch.is_grad_enabled() or not is_plain_eager():
             return compute(*sources)
+        # Versions alone would miss changes through ``.data``, and inference tensors, which have none.
         key = (also, tuple(_state(source) for source in sources))
         if key != self._key:
             # The sources are held so that their addresses cannot pass to other tensors.

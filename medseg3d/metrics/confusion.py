@@ -13,6 +13,8 @@ import numpy as np
 from medseg3d.metrics.counting import joint_counts
 from medseg3d.metrics.regions import as_label_map
 
+USUAL_VOID = 255
+
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
@@ -44,12 +46,14 @@ class Confusion:
 
     @classmethod
     def of(
-        cls, prediction: np.ndarray, reference: np.ndarray, classes: int, void: int | Sequence[int] | None = 255
+        cls, prediction: np.ndarray, reference: np.ndarray, classes: int, void: int | Sequence[int] | None = USUAL_VOID
     ) -> Confusion:
         """The counts of two label maps of one shape with the classes 0 to ``classes`` - 1.
 
         ``void`` is the number, or numbers, of no class: such voxels of the reference are not counted at all, and in the
-        prediction they are misses. None if there is none.
+        prediction they are misses. None if there is none. It may be below ``classes``, 0 for a background that is not
+        to count; that class then has no voxels. 255 alone gives way where there are so many classes that it is one of
+        them; ``[255]`` is void there as well.
 
         Raises:
             ValueError: the shapes differ, a map is not of integers, or it holds a number that is neither a class nor
@@ -60,17 +64,21 @@ class Confusion:
             raise ValueError(
                 f"prediction and reference lie on one grid, got the shapes {prediction.shape} and {reference.shape}"
             )
-        voids = [] if void is None else np.atleast_1d(void).tolist()
-        voids = [number for number in voids if not 0 <= number < classes]
-        numbers = [*range(classes), *voids]
+        is_class = isinstance(void, int) and void == USUAL_VOID < classes
+        voids = set() if void is None or is_class else set(np.atleast_1d(void).tolist())
+        numbers = [*range(classes), *sorted(voids - set(range(classes)))]
         joint = joint_counts(reference, prediction, numbers, numbers)
         for what, unknown in (("reference", joint[-1].sum()), ("prediction", joint[:, -1].sum())):
             if unknown:
                 raise ValueError(
                     f"the {what} has {unknown} voxels that are neither a class (0 to {classes - 1}) nor void "
-                    f"({voids or 'none'}); name all of them"
+                    f"({sorted(voids) or 'none'}); name all of them"
                 )
-        return cls(np.column_stack([joint[:classes, :classes], joint[:classes, classes:].sum(axis=1)]))
+        of_no_class = [index for index, number in enumerate(numbers) if number in voids]
+        missed = joint[:classes, of_no_class].sum(axis=1)
+        joint[of_no_class], joint[:, of_no_class] = 0, 0
+        missed[[index for index in of_no_class if index < classes]] = 0
+        return cls(np.column_stack([joint[:classes, :classes], missed]))
 
     def __add__(self, other: Confusion) -> Confusion:
         if self.counts.shape != other.counts.shape:

@@ -64,7 +64,7 @@ class FCNResNet(nn.Module):
 
         Args:
             x: ``x_BCHW``.
-            targets: (B, H, W) class indices; ``IGNORED`` pixels count nothing.
+            targets: (B, H, W) class indices; ``IGNORED`` pixels count nothing. Where all are, losses are 0.
 
         Returns:
             Logits, or {"out": loss} and, with the second head, "aux": its loss by ``AUX_WEIGHT``; they are added.
@@ -74,8 +74,7 @@ class FCNResNet(nn.Module):
             return self.outputs(x, only=("out",))["out"]
         weights = {"out": 1.0, "aux": AUX_WEIGHT}
         return {
-            name: weights[name] * F.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
-            for name, logits in self.outputs(x).items()
+            name: weights[name] * _cross_entropy(logits.float(), targets) for name, logits in self.outputs(x).items()
         }
 
     def outputs(self, x: torch.Tensor, only: tuple[str, ...] = ("out", "aux")) -> dict[str, torch.Tensor]:
@@ -98,6 +97,12 @@ class FCNResNet(nn.Module):
                 f"FCNResNet takes images (batch, {self.in_channels}, height, width) of at least one pixel, got "
                 f"{tuple(x.shape)}"
             )
+
+
+def _cross_entropy(logits_BKHW: torch.Tensor, classes_BHW: torch.Tensor) -> torch.Tensor:
+    """The mean over what is not ignored; 0 where all is."""
+    total = F.cross_entropy(logits_BKHW, classes_BHW, ignore_index=IGNORED, reduction="sum")
+    return total / (classes_BHW != IGNORED).sum().clamp(min=1)
 
 
 class FCNHead(nn.Sequential):

@@ -309,10 +309,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
 
     def _overwrite(self, x: torch.Tensor) -> torch.Tensor:
+        precision = torch.promote_types(x.dtype, torch.float32)  # the one that PyTorch's norm computes in
         weight, bias, mean, variance = (
-            t.float() for t in (self.weight, self.bias, self.running_mean, self.running_var)
+            t.to(precision) for t in (self.weight, self.bias, self.running_mean, self.running_var)
         )
-        unused = torch.empty(0)
+        unused = torch.empty(0, dtype=precision)
         torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, self.eps, out=(x, unused, unused))
         return x
 

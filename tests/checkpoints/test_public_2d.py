@@ -10,6 +10,7 @@ import torch
 from medseg3d.checkpoints import load_checkpoint
 from medseg3d.checkpoints.comparison import align, compare
 from medseg3d.checkpoints.report import CheckpointReport
+from medseg3d.layers.positions import interpolate_positions
 from medseg3d.networks.backbones.alexnet import alexnet
 from medseg3d.networks.backbones.googlenet import googlenet
 from medseg3d.networks.backbones.resnet import resnet50, resnet101
@@ -132,3 +133,20 @@ def test_tables_of_another_window_are_resized_on_request(write):
     # The offset of nothing lies in the middle of either; a bicubic spline goes through its knots there.
     torch.testing.assert_close(ours.view(7, 9)[3, 4], theirs.view(5, 5)[2, 2])
     torch.testing.assert_close(network.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize(("size", "grid", "new_grid"), [(32, None, (12, 16)), ((48, 32), (12, 8), (12, 16))])
+def test_absolute_positions_are_resized_on_request(write, size, grid, new_grid):
+    arguments = {**SMALL, "window_size": 2, "absolute_positions": True}
+    source = filled(SwinClassifier(**arguments, img_size=size))
+    network = SwinClassifier(**arguments, img_size=[4 * n for n in new_grid])
+    path, old_grid = write(source.state_dict()), grid or (8, 8)
+    tokens = [old_grid[0] * old_grid[1], new_grid[0] * new_grid[1]]
+    advice = f"position table is for {tokens[0]} patches, the network's for {tokens[1]}: .* interpolate_positions=True"
+    with pytest.raises(ValueError, match=advice):
+        load_checkpoint(network, path)
+    report = load_checkpoint(network, path, interpolate_positions=True, position_grid=grid)
+    assert report.complete
+    assert report.notes == [f"absolute_pos_embed was interpolated from {tokens[0]} to {tokens[1]} positions"]
+    stored = source.absolute_pos_embed.detach()
+    torch.testing.assert_close(network.absolute_pos_embed.detach(), interpolate_positions(stored, old_grid, new_grid))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -47,6 +48,27 @@ def test_whole_offsets_move_the_image():
     moved = torch.zeros_like(x)
     moved[:, :, :4, 1:] = x[:, :, 2:, :-1]
     torch.testing.assert_close(deform_conv2d(x, offset, weight), moved)
+
+
+@pytest.mark.parametrize("cast", ["autocast", torch.bfloat16, torch.float16])
+def test_in_half_precision_taps_look_where_they_do_in_full_on_wide_maps(cast):
+    torch.manual_seed(0)
+    layer, x = DeformConv2d(4, 6, 3, padding=1), torch.randn(1, 4, 3, 700)
+    offset, mask = torch.zeros(1, 18, 3, 700), torch.ones(1, 9, 3, 700)
+    with torch.no_grad():
+        exact = F.conv2d(x, layer.weight, layer.bias, padding=1)
+        if cast == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                y, moved = layer(x, offset.bfloat16(), mask.bfloat16()), layer(x, offset.bfloat16() + 0.5)
+                plain = F.conv2d(x, layer.weight, layer.bias, padding=1)
+        else:
+            half = copy.deepcopy(layer).to(cast)
+            y, moved = half(x.to(cast), offset.to(cast), mask.to(cast)), half(x.to(cast), offset.to(cast) + 0.5)
+            plain = F.conv2d(x.to(cast), half.weight, half.bias, padding=1)
+        exactly_moved = layer(x, offset + 0.5)
+    assert y.isfinite().all() and moved.isfinite().all()
+    assert (y - exact).norm() < 2 * (plain - exact).norm()
+    assert (moved - exactly_moved).norm() < 2 * (plain - exact).norm()
 
 
 def test_a_single_voxel():

@@ -112,6 +112,19 @@ def test_several_classes_by_hand():
     assert counts.frequency_weighted_iou == pytest.approx((4 * 2 / 5 + 3 * 2 / 6 + 4 * 2 / 4) / 11)
 
 
+def test_void_below_the_number_of_classes_by_hand():
+    reference = np.array([0, 0, 0, 1, 1, 1, 2, 2, 255])
+    prediction = np.array([0, 1, 2, 1, 0, 2, 2, 255, 1])
+    counts = Confusion.of(prediction, reference, classes=3, void=[0, 255, 0])
+    np.testing.assert_array_equal(counts.counts, [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]])
+    assert counts.total == 5, "void in the reference is not counted, whatever was predicted there"
+    np.testing.assert_allclose(counts.iou, [np.nan, 1 / 3, 1 / 3])
+    only_zero = Confusion.of(prediction[:7], reference[:7], classes=3, void=0)
+    np.testing.assert_array_equal(only_zero.counts, [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 1, 0]])
+    with pytest.raises(ValueError, match=r"the reference has 1 voxels that .* nor void \(\[0\]\)"):
+        Confusion.of(prediction, reference, classes=3, void=0)
+
+
 @pytest.mark.parametrize("order", ["C", "F", "sliced"])
 @pytest.mark.parametrize("shape", [(40, 51), (9, 30, 17)])
 def test_agrees_with_the_measures_of_masks_in_two_and_three_dimensions(shape, order):
@@ -155,6 +168,7 @@ def test_large_class_numbers_and_unsigned_types_do_not_wrap():
     counts = Confusion.of(np.array([[200, 200]], np.uint8), reference, 255)
     assert counts.counts[254, 200] == counts.counts[200, 200] == 1
     assert Confusion.of(reference, reference, 300).counts[254, 254] == 1, "255 is a class here, not void"
+    assert Confusion.of(reference + np.uint8(1), reference, 300, [255]).counts.sum(axis=0)[-1] == 1, "unless asked for"
     numbers = [70000, -3, 1 << 40]
     counted = joint_counts(np.array([70000, -3, 5, 5]), np.array([1 << 40, -3, 70000, 6]), numbers, numbers)
     np.testing.assert_array_equal(counted, [[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]])

@@ -194,4 +194,8 @@ def test_resnet_s_losses():
     for name, weight in (("out", 1), ("aux", AUX_WEIGHT)):
         expected = weight * F.cross_entropy(outputs[name][:, :, 10:], targets[:, 10:])
         torch.testing.assert_close(losses[name], expected)
+    ignored = network(x, torch.full_like(targets, 255))
+    assert ignored["out"] == 0 == ignored["aux"]
+    sum(ignored.values()).backward()
+    assert not any(parameter.grad.any() for parameter in network.parameters())
     assert list(FCNResNet(1, 3, backbone_arguments={"width_per_group": 8})(x, targets)) == ["out"]

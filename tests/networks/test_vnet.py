@@ -49,6 +49,19 @@ def test_the_papers_volume_on_the_meta_device():
     assert network(torch.empty(1, 1, 128, 128, 64, device="meta")).shape == (1, 2, 128, 128, 64)
 
 
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_in_double_precision_it_gives_the_same_without_gradients(axes, published):
+    torch.manual_seed(0)
+    network, x = VNet(axes, width=4, published=published).eval(), torch.randn(2, 1, *[16] * axes)
+    double, y = copy.deepcopy(network).double(), network(x).detach()
+    with torch.no_grad():
+        exact = double(x.double())
+    torch.testing.assert_close(exact, double(x.double()).detach())
+    torch.testing.assert_close(exact.float(), y, rtol=1e-4, atol=1e-4)
+    assert exact.dtype == torch.float64
+
+
 def test_dropout_is_in_the_two_deepest_stages_and_on_every_skip():
     network = on_meta(dropout_prob_down=0.1, dropout_prob_up=(0.2, 0.3))
     skips = {f"up_tr{n}.dropout2": (nn.Dropout3d, 0.3) for n in (256, 128, 64, 32)}

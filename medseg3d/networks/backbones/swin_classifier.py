@@ -79,6 +79,7 @@ class SwinClassifier(nn.Module):
         self.patch_size = per_axis(patch_size, 2, "patch_size")
         self.img_size = None if img_size is None else per_axis(img_size, 2, "img_size")
         grids = self._grids(len(depths))
+        self.grid = grids[0]  # tokens along each axis, which positions are for
         layers: list[nn.Module] = [
             nn.Sequential(
                 PatchConvolution(in_channels, embed_dim, list(self.patch_size)),

@@ -4,7 +4,8 @@ of it, with its keywords, its defaults and its state_dict keys, those of 2021 in
 What this form does otherwise than the paper: 512 samples an image for the heads and 1000 proposals without a look at
 other images; smooth L1 with a beta of 1/9; RoIAlign without the half-pixel shift. Departures from torchvision: losses
 are returned if and only if targets are given, in training and in eval mode; an object that no anchor overlaps gets no
-anchor instead of all; suppression never moves classes apart by offsets, so it is exact.
+anchor instead of all; suppression never moves classes apart by offsets, so it is exact; regions are looked up at the
+strides that the maps have, in pictures lower than 68 pixels too.
 
 Shape legend: ``image_CHW`` is a picture, ``boxes_N4`` are (x0, y0, x1, y1) in its pixels, ``masks_N1HW`` lie on it.
 """
@@ -40,6 +41,7 @@ from medseg3d.networks.detection.transform import DetectionTransform
 
 MAPS = ("0", "1", "2", "3")  # of the pyramid, for the heads; the RPN also sees what comes after them
 CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+CLASSES = 91  # of COCO, with background
 # Keywords of MaskRCNN beside its named ones, as torchvision has them, and their defaults; None: made as published.
 SETTINGS: dict[str, Any] = {
     "rpn_anchor_generator": None,
@@ -98,23 +100,27 @@ class MaskRCNN(nn.Module):
     Args:
         backbone: a module from images to maps by name, the finest first, with ``out_channels``; or a name of
             ``RESNETS``, for a ResNet with a pyramid.
-        num_classes: classes, with background as class 0: 2 for one kind of object.
+        num_classes: classes, with background as class 0: 2 for one kind of object. None for as many as the predictors
+            that are given have, and 91 if none is.
         min_size: shorter side of the resized pictures; several to draw from in training.
         max_size: bound of the longer side.
         image_mean, image_std: of each channel of pictures from 0 to 1; as many as there are channels.
         fixed_size: (height, width) of every resized picture, instead of the two bounds.
         settings: any of ``SETTINGS`` and, if the backbone is a name, of ``BACKBONE_SETTINGS``. Modules are reused as
-            they are; ``box_predictor`` and ``mask_predictor`` decide the number of classes where they are given.
+            they are; a ``box_predictor`` or ``mask_predictor`` must have ``num_classes`` classes where that is given.
+
+    ``network.roi_heads.box_predictor`` and ``mask_predictor`` may be replaced, for other classes: both of them.
 
     Raises:
-        ValueError: on arguments out of range; in ``forward``, on pictures or targets that are none.
+        ValueError: on arguments out of range, and predictors of other numbers of classes or an ``rpn_head`` of another
+            number of anchors than the rest has; in ``forward``, on pictures or targets that are none.
         TypeError: on other keywords.
     """
 
     def __init__(
         self,
         backbone: nn.Module | str = "resnet50",
-        num_classes: int = 91,
+        num_classes: int | None = None,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         image_mean: Sequence[float] | None = None,
@@ -123,10 +129,8 @@ class MaskRCNN(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes counts the background: 2 or more, got {num_classes}")
-        self.num_classes = num_classes
         s = _complete(settings, isinstance(backbone, str))
+        self._classes_at_first = _agreed_classes(num_classes, s.box_predictor, s.mask_predictor) or CLASSES
         self.transform = DetectionTransform(
             min_size, max_size, image_mean, image_std, fixed_size=fixed_size, scale=s.scale
         )
@@ -137,8 +141,18 @@ class MaskRCNN(nn.Module):
             raise ValueError("the backbone must say how many channels its maps have, as backbone.out_channels")
         self.backbone = backbone
         self.rpn = _rpn(channels, s)
-        self.roi_heads = _roi_heads(channels, num_classes, s)
+        self.roi_heads = _roi_heads(channels, self._classes_at_first, s)
         self.mask_threshold, self.inclusive = s.mask_threshold, s.inclusive
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, with background, of the predictors that there are now.
+
+        Raises:
+            ValueError: they have different numbers of classes.
+        """
+        heads = self.roi_heads
+        return _agreed_classes(None, heads.box_predictor, heads.mask_predictor) or self._classes_at_first
 
     def forward(
         self, images: Sequence[torch.Tensor], targets: Sequence[Mapping[str, torch.Tensor]] | None = None
@@ -158,14 +172,14 @@ class MaskRCNN(nn.Module):
         if targets is not None:
             check_targets(images, targets, self.num_classes, True, self.inclusive)
         batch_BCHW, records, moved = self.transform(images, targets)
-        shapes = [record.resized for record in records]
+        shapes, padded = [record.resized for record in records], batch_BCHW.shape[2:]
         features = self.backbone(batch_BCHW)
         if isinstance(features, torch.Tensor):
             features = {"0": features}
-        proposals, losses = self.rpn(features, shapes, batch_BCHW.shape[2:], moved)
+        proposals, losses = self.rpn(features, shapes, padded, moved)
         if moved is not None:
-            return {**self.roi_heads.losses(features, proposals, shapes, moved), **losses}
-        detections = self.roi_heads(features, proposals, shapes)
+            return {**self.roi_heads.losses(features, proposals, shapes, moved, padded), **losses}
+        detections = self.roi_heads(features, proposals, shapes, padded)
         for detection, record in zip(detections, records, strict=True):
             detection["boxes"] = record.to_original(detection["boxes"])
             detection["masks"] = paste_masks_in_image(
@@ -175,7 +189,7 @@ class MaskRCNN(nn.Module):
 
 
 def maskrcnn_resnet50_fpn(
-    num_classes: int = 91,
+    num_classes: int | None = None,
     *,
     trainable_backbone_layers: int = 3,
     norm_eps: float = 0.0,
@@ -187,7 +201,7 @@ def maskrcnn_resnet50_fpn(
     take ``MaskRCNN("resnet50", ...)``.
 
     Args:
-        num_classes: classes, with background.
+        num_classes: classes, with background; 91 unless predictors are given.
         trainable_backbone_layers: how many of conv1, layer1, ..., layer4, from the last one, are trained.
         norm_eps: added to the variances: 0.0 suits the public weights of COCO, 1e-5 those of ImageNet.
         settings: keywords of ``MaskRCNN``.
@@ -200,7 +214,9 @@ def maskrcnn_resnet50_fpn(
     return MaskRCNN(backbone, num_classes, **settings)
 
 
-def maskrcnn_resnet50_fpn_v2(num_classes: int = 91, *, trainable_backbone_layers: int = 3, **settings: Any) -> MaskRCNN:
+def maskrcnn_resnet50_fpn_v2(
+    num_classes: int | None = None, *, trainable_backbone_layers: int = 3, **settings: Any
+) -> MaskRCNN:
     """The second form: batch norm everywhere, two convolutions in the RPN, four and one linear layer in the box head.
 
     46,359,409 parameters with 91 classes. Li et al., "Benchmarking detection transfer learning with vision
@@ -208,9 +224,9 @@ def maskrcnn_resnet50_fpn_v2(num_classes: int = 91, *, trainable_backbone_layers
     """
     norm = nn.BatchNorm2d
     backbone = resnet_fpn_backbone("resnet50", norm, trainable_backbone_layers, fpn_norm_layer=norm)
-    channels = backbone.out_channels
+    channels, anchors = backbone.out_channels, _anchors(SimpleNamespace(**{**SETTINGS, **settings}))
     parts = {
-        "rpn_head": RPNHead(channels, len(RATIOS), conv_depth=2),
+        "rpn_head": RPNHead(channels, _per_pixel(anchors), conv_depth=2),
         "box_head": FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm),
         "mask_head": MaskRCNNHeads(channels, [256] * 4, norm_layer=norm),
     }
@@ -239,14 +255,53 @@ def _pyramid(name: str, in_channels: int, s: SimpleNamespace) -> nn.Module:
     )
 
 
+def _agreed_classes(number: int | None, box_predictor: Any, mask_predictor: Any) -> int | None:
+    """The classes that are asked for or that predictors tell of themselves; None if nothing tells."""
+    box = getattr(getattr(box_predictor, "cls_score", None), "out_features", None)
+    mask = getattr(getattr(mask_predictor, "mask_fcn_logits", None), "out_channels", None)
+    told = {"num_classes": number, "box_predictor": box, "mask_predictor": mask}
+    told = {name: classes for name, classes in told.items() if classes is not None}
+    if len(set(told.values())) > 1:
+        raise ValueError(
+            "num_classes and the predictors have one number of classes, with background, got "
+            f"{', '.join(f'{classes} of {name}' for name, classes in told.items())}: make all predictors for the same "
+            "classes, and leave num_classes out where they are given"
+        )
+    classes = next(iter(told.values()), None)
+    if classes is not None and classes < 2:
+        raise ValueError(f"num_classes counts the background: 2 or more, got {classes}")
+    return classes
+
+
+def _anchors(s: SimpleNamespace) -> AnchorGenerator:
+    return s.rpn_anchor_generator or AnchorGenerator(s.anchor_sizes or PYRAMID_SIZES, s.aspect_ratios)
+
+
+def _per_pixel(anchors: AnchorGenerator) -> int:
+    numbers = anchors.num_anchors_per_location()
+    if len(set(numbers)) != 1:
+        raise ValueError(f"the RPN needs as many anchors on every map, got {numbers}")
+    return numbers[0]
+
+
+def _check_rpn_head(head: nn.Module, per_pixel: int) -> None:
+    for name, channels in (("cls_logits", per_pixel), ("bbox_pred", 4 * per_pixel)):
+        got = getattr(getattr(head, name, None), "out_channels", None)
+        if got not in (None, channels):
+            raise ValueError(
+                f"an rpn_head for {per_pixel} anchors a pixel, as many as the anchor generator makes, has "
+                f"{name}.out_channels={channels}, got {got}: build it with "
+                "num_anchors=rpn_anchor_generator.num_anchors_per_location()[0]"
+            )
+
+
 def _rpn(channels: int, s: SimpleNamespace) -> RegionProposalNetwork:
-    anchors = s.rpn_anchor_generator or AnchorGenerator(s.anchor_sizes or PYRAMID_SIZES, s.aspect_ratios)
-    per_pixel = set(anchors.num_anchors_per_location())
-    if len(per_pixel) != 1:
-        raise ValueError(f"the RPN needs as many anchors on every map, got {anchors.num_anchors_per_location()}")
+    anchors = _anchors(s)
+    head = s.rpn_head or RPNHead(channels, _per_pixel(anchors))
+    _check_rpn_head(head, _per_pixel(anchors))
     return RegionProposalNetwork(
         anchors,
-        s.rpn_head or RPNHead(channels, per_pixel.pop()),
+        head,
         Matcher(s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh, allow_low_quality_matches=True),
         BalancedSampler(s.rpn_batch_size_per_image, s.rpn_positive_fraction),
         BoxCoder(inclusive=s.inclusive),

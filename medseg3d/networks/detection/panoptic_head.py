@@ -150,4 +150,5 @@ def panoptic_target(
         target[mask] = unknown
     for position, number in enumerate(kept.tolist()):
         target[instances_NHW[number]] = stuff + position
+    target[semantic_HW == VOID] = VOID  # masks of objects may reach there
     return target

@@ -93,7 +93,8 @@ class MultiScaleRoIAlign(nn.Module):
         Args:
             x: maps by name, the finest first.
             boxes: (N, 4) of each image, in pixels of the resized image.
-            image_shapes: (height, width) of the resized images, before they are padded.
+            image_shapes: (height, width) of the resized images, best with their padding: the strides follow from the
+                largest one, and below 68 pixels the padding makes a difference.
         """
         features = [x[name] for name in self.featmap_names if name in x]
         if not features:

@@ -120,7 +120,7 @@ class RoIHeads(nn.Module):
     """Box head and, unless ``mask_head`` is None, mask head.
 
     Args:
-        box_roi_pool: features of boxes: called with (maps, boxes of each image, shapes of the images).
+        box_roi_pool: features of boxes: called with (maps, boxes of each image, padded shapes of the images).
         box_head, box_predictor: pooled features -> features -> (logits, codes).
         target_sampler: chooses what is learnt from; its coder is that of the boxes.
         selection: makes detections.
@@ -145,17 +145,25 @@ class RoIHeads(nn.Module):
         self.target_sampler, self.selection, self.box_loss_beta = target_sampler, selection, box_loss_beta
         self.mask_roi_pool, self.mask_head, self.mask_predictor = mask_roi_pool, mask_head, mask_predictor
 
-    def forward(self, features: Maps, proposals: Sequence[torch.Tensor], image_shapes: Sizes) -> list[Detection]:
+    def forward(
+        self,
+        features: Maps,
+        proposals: Sequence[torch.Tensor],
+        image_shapes: Sizes,
+        padded_shape: Sequence[int] | None = None,
+    ) -> list[Detection]:
         """Detections of each image; "masks" (D, 1, M, M) are probabilities in the frames of their boxes.
 
         Args:
             features: maps by name, the finest first.
             proposals: (N, 4) of each image.
             image_shapes: (height, width) of the images before they are padded.
+            padded_shape: (height, width) of the batch, which tells the strides of the maps; without it they follow
+                from the largest of ``image_shapes``, which is right from 68 pixels on.
         """
-        detections = self.detect(features, proposals, image_shapes)
+        detections = self.detect(features, proposals, image_shapes, padded_shape)
         if self.mask_head is not None:
-            logits_RKMM = self.masks(features, [d["boxes"] for d in detections], image_shapes)
+            logits_RKMM = self.masks(features, [d["boxes"] for d in detections], image_shapes, padded_shape)
             labels_R = torch.cat([d["labels"] for d in detections])
             own = masks_of_own_class(logits_RKMM, labels_R)[:, None]
             parts = in_full_precision(own).sigmoid().split([len(d["labels"]) for d in detections])
@@ -164,9 +172,15 @@ class RoIHeads(nn.Module):
         return detections
 
     def losses(
-        self, features: Maps, proposals: Sequence[torch.Tensor], image_shapes: Sizes, targets: Sequence[Target]
+        self,
+        features: Maps,
+        proposals: Sequence[torch.Tensor],
+        image_shapes: Sizes,
+        targets: Sequence[Target],
+        padded_shape: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Losses of the heads on samples of the proposals; the targets have "boxes", "labels" and "masks"."""
+        image_shapes = _of_pools(image_shapes, padded_shape)
         samples = [self.target_sampler(p, t) for p, t in zip(proposals, targets, strict=True)]
         logits_RK, codes_RX = self.boxes(features, [s.boxes_N4 for s in samples], image_shapes)
         labels_R = torch.cat([s.labels_N for s in samples])
@@ -192,20 +206,43 @@ class RoIHeads(nn.Module):
         return mask_loss(logits_RKMM, labels_R, torch.cat(wanted))
 
     def boxes(
-        self, features: Maps, boxes: Sequence[torch.Tensor], image_shapes: Sizes
+        self,
+        features: Maps,
+        boxes: Sequence[torch.Tensor],
+        image_shapes: Sizes,
+        padded_shape: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (R, K) and codes (R, 4 K) of boxes (N, 4) of each image."""
-        return self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
+        pooled = self.box_roi_pool(features, boxes, _of_pools(image_shapes, padded_shape))
+        return self.box_predictor(self.box_head(pooled))
 
-    def masks(self, features: Maps, boxes: Sequence[torch.Tensor], image_shapes: Sizes) -> torch.Tensor:
+    def masks(
+        self,
+        features: Maps,
+        boxes: Sequence[torch.Tensor],
+        image_shapes: Sizes,
+        padded_shape: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Mask logits (R, K, M, M) of any boxes (N, 4) of each image: detections, samples or given ones."""
         if self.mask_roi_pool is None or self.mask_head is None or self.mask_predictor is None:
             raise ValueError("these heads have no mask head: build them with mask_roi_pool, mask_head, mask_predictor")
-        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+        pooled = self.mask_roi_pool(features, boxes, _of_pools(image_shapes, padded_shape))
+        return self.mask_predictor(self.mask_head(pooled))
 
-    def detect(self, features: Maps, proposals: Sequence[torch.Tensor], image_shapes: Sizes) -> list[Detection]:
+    def detect(
+        self,
+        features: Maps,
+        proposals: Sequence[torch.Tensor],
+        image_shapes: Sizes,
+        padded_shape: Sequence[int] | None = None,
+    ) -> list[Detection]:
         """Detections of each image, without masks."""
-        logits_RK, codes_RX = self.boxes(features, proposals, image_shapes)
+        logits_RK, codes_RX = self.boxes(features, proposals, image_shapes, padded_shape)
         counts = [len(boxes) for boxes in proposals]
         parts = zip(logits_RK.split(counts), codes_RX.split(counts), proposals, image_shapes, strict=True)
         return [self.selection(logits, codes, boxes, shape) for logits, codes, boxes, shape in parts]
+
+
+def _of_pools(image_shapes: Sizes, padded_shape: Sequence[int] | None) -> Sizes:
+    """What tells pools the strides: the batch's shape for every image, if it is known."""
+    return image_shapes if padded_shape is None else [(padded_shape[0], padded_shape[1])] * len(image_shapes)

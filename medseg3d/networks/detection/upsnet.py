@@ -115,18 +115,18 @@ class UPSNet(nn.Module):
             check_targets(images, targets, self.things + 1, True, self.detector.inclusive)
             self._check_semantic(images, targets)
         batch_BCHW, records, moved = self.detector.transform(images, targets)
-        shapes = [record.resized for record in records]
+        shapes, padded = [record.resized for record in records], batch_BCHW.shape[2:]
         features = self.detector.backbone(batch_BCHW)
         logits_BKQR = self.semantic_head([features[name] for name in MAPS])
-        proposals, losses = self.detector.rpn(features, shapes, batch_BCHW.shape[2:], moved)
+        proposals, losses = self.detector.rpn(features, shapes, padded, moved)
         if targets is None or moved is None:
-            detections = self.detector.roi_heads.detect(features, proposals, shapes)
-            masks = self._own_masks(features, detections, shapes)
+            detections = self.detector.roi_heads.detect(features, proposals, shapes, padded)
+            masks = self._own_masks(features, detections, shapes, padded)
             parts = zip(logits_BKQR, detections, masks, records, strict=True)
             return [self._panoptic(logits, found, own, record) for logits, found, own, record in parts]
-        semantic_BHW = self._semantic_target(targets, records, batch_BCHW.shape[2:])
+        semantic_BHW = self._semantic_target(targets, records, padded)
         return {
-            **self.detector.roi_heads.losses(features, proposals, shapes, moved),
+            **self.detector.roi_heads.losses(features, proposals, shapes, moved, padded),
             **losses,
             **self._semantic_losses(logits_BKQR, semantic_BHW, moved),
             "loss_panoptic": self.panoptic_weight
@@ -184,7 +184,7 @@ class UPSNet(nn.Module):
         shapes: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
         """Cross-entropy of the panoptic head that is shown some of the objects, at a quarter of the size."""
-        masks = self._own_masks(features, targets, shapes)
+        masks = self._own_masks(features, targets, shapes, semantic_BHW.shape[1:])
         losses = []
         for logits, semantic, target, own in zip(logits_BKQR, semantic_BHW, targets, masks, strict=True):
             kept = self._shown(len(own), own.device)
@@ -205,12 +205,16 @@ class UPSNet(nn.Module):
         return order[: max(1, round(self.keep * count))].sort().values
 
     def _own_masks(
-        self, features: Maps, objects: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[tuple[int, int]]
+        self,
+        features: Maps,
+        objects: Sequence[Mapping[str, torch.Tensor]],
+        shapes: Sequence[tuple[int, int]],
+        padded: Sequence[int],
     ) -> tuple[torch.Tensor, ...]:
         """Mask logits (N, M, M) of each picture's boxes, of the classes of their labels."""
         counts = [len(one["labels"]) for one in objects]
         boxes = [in_full_precision(one["boxes"]) for one in objects]
-        logits_RKMM = self.detector.roi_heads.masks(features, boxes, shapes)
+        logits_RKMM = self.detector.roi_heads.masks(features, boxes, shapes, padded)
         labels_R = torch.cat([one["labels"] for one in objects])
         return masks_of_own_class(logits_RKMM, labels_R).split(counts)
 

@@ -8,7 +8,10 @@ from torch import nn
 
 from medseg3d.networks import MaskRCNN, build, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 from medseg3d.networks.backbones.resnet import FrozenBatchNorm2d
+from medseg3d.networks.detection.anchors import AnchorGenerator
 from medseg3d.networks.detection.boxes import BoxCoder
+from medseg3d.networks.detection.heads import FastRCNNPredictor, MaskRCNNPredictor, RPNHead
+from medseg3d.networks.detection.roi_align import MultiScaleRoIAlign
 from medseg3d.networks.detection.roi_heads import BoxSelection
 from medseg3d.networks.detection.transform import DetectionTransform
 
@@ -231,6 +234,67 @@ def test_keywords_and_numbers_that_are_none():
         MaskRCNN(nn.Identity(), 2)
     with pytest.raises(ValueError, match="there is no backbone 'resnet19'"):
         MaskRCNN("resnet19", 2)
+
+
+def predictors(classes, box_classes=None):
+    return {
+        "box_predictor": FastRCNNPredictor(32, box_classes or classes),
+        "mask_predictor": MaskRCNNPredictor(16, 16, classes),
+    }
+
+
+def test_predictors_decide_the_number_of_classes(images, targets):
+    """Those of the constructor, and those that take their place afterwards, as torchvision's recipe has it."""
+    without = {name: value for name, value in TINY.items() if name != "num_classes"}
+    assert MaskRCNN(**without).num_classes == 91
+    network = MaskRCNN(**without, **FEW, **predictors(4))
+    assert network.num_classes == 4
+    one = {"box_predictor": predictors(5)["box_predictor"]}
+    assert MaskRCNN(**without, **one).roi_heads.mask_predictor.mask_fcn_logits.out_channels == 5
+    fourth = [{**targets[0], "labels": torch.tensor([1, 4])}, targets[1]]
+    with pytest.raises(ValueError, match=r"labels lie between 1 and 3 .*num_classes=4"):
+        network(images, fourth)
+    network.roi_heads.box_predictor = predictors(6)["box_predictor"]
+    with pytest.raises(ValueError, match="got 6 of box_predictor, 4 of mask_predictor: make all predictors for the"):
+        network(images, fourth)
+    network.roi_heads.mask_predictor = predictors(6)["mask_predictor"]
+    assert all(torch.isfinite(loss) for loss in network(images, fourth).values())
+
+
+@pytest.mark.parametrize("given", [predictors(4), predictors(4, box_classes=3), {"num_classes": 4, **predictors(3)}])
+def test_predictors_of_other_numbers_of_classes(given):
+    with pytest.raises(ValueError, match="num_classes and the predictors have one number of classes"):
+        MaskRCNN(**{**TINY, **given})
+
+
+def test_the_rpn_head_is_made_for_the_anchors():
+    pixels = {"aspect_ratios": (0.5, 1.0), "rpn_anchor_generator": AnchorGenerator([(8, 16)] * 5, (1.0, 2.0))}
+    with torch.device("meta"):
+        for name, anchors in (("aspect_ratios", 2), ("rpn_anchor_generator", 4)):
+            head = maskrcnn_resnet50_fpn_v2(2, min_size=64, **{name: pixels[name]}).rpn.head
+            assert (head.cls_logits.out_channels, head.bbox_pred.out_channels) == (anchors, 4 * anchors)
+    with pytest.raises(ValueError, match=r"for 2 anchors a pixel.*cls_logits.out_channels=2, got 3: build it with"):
+        MaskRCNN(**TINY, aspect_ratios=(0.5, 1.0), rpn_head=RPNHead(16, 3))
+    MaskRCNN(**TINY, rpn_head=RPNHead(16, 3))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 33), (40, 40), (66, 10)])
+def test_the_heads_see_maps_at_their_strides_however_small_the_picture(size, monkeypatch):
+    scales, of_levels = [], MultiScaleRoIAlign.levels
+    monkeypatch.setattr(
+        MultiScaleRoIAlign, "levels", lambda pool, boxes, s: scales.append(list(s)) or of_levels(pool, boxes, s)
+    )
+    torch.manual_seed(0)
+    network = MaskRCNN(**TINY | {"min_size": min(size), "max_size": max(size)}, box_score_thresh=0.0)
+    objects = {
+        "boxes": torch.tensor([[0.0, 0, 1, 1]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, *size, dtype=torch.bool),
+    }
+    with torch.no_grad():
+        network.eval()([torch.rand(3, *size)])
+        network([torch.rand(3, *size)], [objects])
+    assert scales == [[1 / 4, 1 / 8, 1 / 16]] * 4
 
 
 def test_one_channel_and_one_map():

@@ -75,6 +75,12 @@ def test_the_target_of_training(shared):
     np.testing.assert_array_equal(target.numpy(), stored["train_target"])
 
 
+def test_void_stays_void_where_objects_reach_into_it():
+    semantic = torch.tensor([[0, 1, VOID, VOID]])
+    objects = torch.tensor([[[False, True, True, False]], [[False, False, False, True]]])
+    assert panoptic_target(semantic, objects, torch.tensor([0]), stuff=1).tolist() == [[0, 1, VOID, VOID]]
+
+
 def test_gradients_reach_semantic_and_mask_logits():
     semantic, masks = torch.randn(4, 8, 8, requires_grad=True), torch.randn(1, 5, 5, requires_grad=True)
     boxes = torch.tensor([[1.0, 1.0, 5.0, 6.0]])

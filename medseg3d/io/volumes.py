@@ -187,7 +187,8 @@ def _check(written: Path, total: Any, volume: Volume, name: Path, table: LabelTa
     except ValueError as error:
         raise OSError(f"{name} was written but cannot be read again; it was removed: check that disk") from error
     wrong = []
-    if not geometry.same_as(volume.geometry):
+    rounding = 4 * float(np.spacing(np.float32(np.abs(volume.affine).max())))  # of NIfTI's header, far from the origin
+    if not geometry.same_as(volume.geometry, tolerance_mm=max(1e-3, rounding)):
         wrong.append(f"{geometry} for {volume.geometry}")
     elif dtype != volume.dtype or not voxels_are_right:
         wrong.append("other voxels")

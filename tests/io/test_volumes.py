@@ -265,6 +265,14 @@ def test_a_metatensor_loses_its_channel_and_keeps_its_space(ct):
         as_volume(torch.stack([tensor, tensor]))
 
 
+def test_a_grid_far_from_the_origin_is_written(tmp_path):
+    """NIfTI's header has float32, which is two micrometres off there."""
+    affine = np.diag([0.7, 0.7, 3, 1.0])
+    affine[:3, 3] = 40000.0019, -40000.0018, 40000.0017
+    path = write_volume(Volume(np.zeros((4, 5, 6), np.int16), affine), tmp_path / "far.nii.gz")
+    np.testing.assert_allclose(read_volume(path).affine, affine, atol=3e-3)
+
+
 def test_what_is_no_image_is_refused(ct):
     with pytest.raises(TypeError, match="cannot make a volume of ndarray; give a path"):
         as_volume(ct.array)

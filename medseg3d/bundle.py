@@ -51,7 +51,7 @@ def load_model(
     max_ram: int | None = None,
     max_vram: int | None = None,
     uncertainty: str | None = None,
-    weights: Sequence[str | Path] | None = None,
+    weights: Sequence[str | Path] | str | Path | None = None,
     crop_body: bool = False,
 ) -> Segmenter | PictureSegmenter:
     """Load a model once, to segment many scans with it, or pictures if that is what its bundle is made for.
@@ -62,8 +62,8 @@ def load_model(
         trust: a bundle's configs and scripts are code that runs here. Models that ship with medseg3d run without
             asking; for every other one say ``trust=True`` once you know where it comes from.
         compile, max_ram, max_vram, uncertainty, crop_body: see :class:`medseg3d.segmenter.Segmenter`.
-        weights: files of the bundle's network instead of its own, each a path or the name of one in the bundle's
-            ``models`` folder; several are averaged, see :func:`ensemble_of_files`.
+        weights: a file of the bundle's network instead of its own, or several: each a path or the name of one in the
+            bundle's ``models`` folder; several are averaged, see :func:`ensemble_of_files`.
         mirror: average over mirror images: of left and right, or along the ``"mirror_axes"`` (of the network's grid,
             counted from 0) that the inference config names because its network was trained on them.
         strategy: "sub-volumes", "slices" or "downsampled" instead of the bundle's own, where its network permits.
@@ -103,7 +103,7 @@ def load_model(
     if bundle.pictures is not None:
         _refuse_for_pictures(bundle, {**settings, "uncertainty": uncertainty})
     inferer = _changed(inferer, network, strategy, overlap)
-    network, files, more_notes = _filled(network, weights, bundle)
+    network, files, more_notes = _filled(network, [weights] if isinstance(weights, (str, Path)) else weights, bundle)
     if weights:
         settings["weights"] = [file_sha256(file) for file in files]
     network = network.to(torch_device).eval()

@@ -114,7 +114,7 @@ def test_monai_runs_the_config_to_the_same_labels(own, tmp_path):
 
 
 def test_one_other_file_is_that_network(folds, models, ct_file):
-    model = load(folds, weights=["model_fold0.pt"])
+    model = load(folds, weights="model_fold0.pt")
     assert not isinstance(model.network, Ensemble)
     np.testing.assert_array_equal(labels(model, ct_file), labels(models.zoo, ct_file))
     assert model.record["weights"].endswith("model_fold0.pt")

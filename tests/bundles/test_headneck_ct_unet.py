@@ -336,7 +336,7 @@ def torchrun(*overrides, cwd):
 @pytest.mark.slow
 def test_two_processes_train_one_network(phantoms, tmp_path):
     settings = phantoms.overrides | TINY | {"epochs": 2, "output_dir": str(tmp_path)}
-    once = {"train::trainer::max_epochs": 1, "iterations_per_epoch": 1, "batch_size": 1}
+    once = {"train::trainer::max_epochs": 1, "batch_size": 1}
     done = torchrun(
         *(part for key, value in (settings | once).items() for part in (f"--{key}", str(value))), cwd=tmp_path
     )

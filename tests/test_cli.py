@@ -359,6 +359,11 @@ def test_the_shipped_model_in_a_process_of_its_own(ct_file, tmp_path):
     assert names(tmp_path) == ["seg.labels.json", "seg.nii.gz"]
 
 
+def test_an_empty_device_of_the_environment_is_none(monkeypatch):
+    monkeypatch.setenv("MEDSEG3D_DEVICE", "")
+    assert cli._parser().parse_args(["predict", "-i", "a.nii.gz", "-o", "b.nii.gz"]).device == "auto"
+
+
 @pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
 def test_a_stream_may_be_closed(closed, tmp_path):
     """Python gives None for it; schedulers and Windows without a console do that."""

@@ -155,6 +155,13 @@ def test_train_says_what_is_wrong(run, bundles, tmp_path):
     assert (code, out) == (1, []) and "is not in the dataset folder" in err[-1]
 
 
+def test_a_folder_without_label_maps_is_told(run, tmp_path):
+    (tmp_path / "below").mkdir()
+    code, out, err = run("evaluate", "-p", tmp_path, "-r", tmp_path)
+    assert (code, out) == (2, []) and "there is no label map (.nii.gz, " in err[-1]
+    assert err[-1].endswith("subfolders are not searched")
+
+
 def test_evaluate_goes_on_after_a_case_that_fails(run, tmp_path):
     (tmp_path / "names.json").write_text('{"2": "femur"}')
     for name in ("a", "b"):

@@ -129,21 +129,18 @@ def _with_whole_series(outcomes: list[_Outcome]) -> list[_Outcome]:
         from medseg3d.io.dicom import spread_series
     except ModuleNotFoundError:  # which is told where the cases are read
         return outcomes
+    instead: dict[Path, _Outcome | None] = {}
     for parts in spread_series(folders):
         above = Path(os.path.commonpath(parts))
-        inside = [folder for folder in folders if folder == above or above in folder.parents]
-        if set(inside) == set(parts) and above not in parts:
-            where = next(at for at, (path, _, _) in enumerate(outcomes) if path in parts)
-            outcomes = [outcome for outcome in outcomes if outcome[0] not in parts]
-            outcomes.insert(where, (above, "dicom", ""))
-        else:
-            why = "a part of a series that goes on in {}: put all of it, and nothing else, into one folder"
-            other = {part: next(one for one in parts if one != part) for part in parts}
-            outcomes = [
-                (path, None, why.format(other[path])) if path in parts else (path, kind, reason)
-                for path, kind, reason in outcomes
-            ]
-    return outcomes
+        inside = {folder for folder in folders if folder == above or above in folder.parents}
+        if inside == set(parts) and above not in parts:
+            instead |= dict.fromkeys(parts) | {parts[0]: (above, "dicom", "")}
+            continue
+        for part, other in zip(parts, [*parts[1:], parts[0]], strict=True):
+            why = f"a part of a series that goes on in {other}: put all of it, and nothing else, into one folder"
+            instead[part] = part, None, why
+    changed = (instead.get(outcome[0], outcome) for outcome in outcomes)
+    return [outcome for outcome in changed if outcome is not None]
 
 
 def _in_folder(file: Path, kind: Kind | None, reason: str) -> tuple[Kind | None, str]:

@@ -91,14 +91,11 @@ def test_a_network_is_trained_as_it_is_run(bundle):
         assert len(scalers) == 2 and vars(scalers[0]) == vars(scalers[1])
 
 
-def test_a_fold_is_validated_and_evaluated_with_the_same_cases(bundle, monkeypatch):
-    lists = []
-    for config in ("train", "evaluate"):
-        names = ["train"] if config == "train" else ["train", "evaluate"]
-        parser = ConfigParser()
-        parser.read_config([bundle.path / "configs" / f"{name}.json" for name in names])
-        lists.append(parser["validate::dataset::data"].replace("[:@cases]", "").replace("'validation'", "@split"))
-    assert lists[0] == lists[1] == "$datalist(@manifest, @dataset_dir, @split, fold=@fold)"
+@pytest.mark.parametrize("names", [["train"], ["train", "evaluate"]])
+def test_validation_and_evaluation_heed_the_fold(bundle, names):
+    parser = ConfigParser()
+    parser.read_config([bundle.path / "configs" / f"{name}.json" for name in names])
+    assert "fold=@fold)" in parser["validate::dataset::data"]
 
 
 def test_scans_smaller_than_a_window_are_validated_in_air(bundle):

@@ -172,13 +172,15 @@ class MaskRCNN(nn.Module):
         if targets is not None:
             check_targets(images, targets, self.num_classes, True, self.inclusive)
         batch_BCHW, records, moved = self.transform(images, targets)
-        shapes, padded = [record.resized for record in records], batch_BCHW.shape[2:]
+        shapes = [record.resized for record in records]
+        height, width = batch_BCHW.shape[2:]
+        padded = [(height, width)] * len(shapes)
         features = self.backbone(batch_BCHW)
         if isinstance(features, torch.Tensor):
             features = {"0": features}
-        proposals, losses = self.rpn(features, shapes, padded, moved)
+        proposals, losses = self.rpn(features, shapes, (height, width), moved)
         if moved is not None:
-            return {**self.roi_heads.losses(features, proposals, shapes, moved, padded), **losses}
+            return {**self.roi_heads.losses(features, proposals, padded, moved), **losses}
         detections = self.roi_heads(features, proposals, shapes, padded)
         for detection, record in zip(detections, records, strict=True):
             detection["boxes"] = record.to_original(detection["boxes"])

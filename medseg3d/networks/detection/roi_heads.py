@@ -150,7 +150,7 @@ class RoIHeads(nn.Module):
         features: Maps,
         proposals: Sequence[torch.Tensor],
         image_shapes: Sizes,
-        padded_shape: Sequence[int] | None = None,
+        padded_shapes: Sizes | None = None,
     ) -> list[Detection]:
         """Detections of each image; "masks" (D, 1, M, M) are probabilities in the frames of their boxes.
 
@@ -158,12 +158,12 @@ class RoIHeads(nn.Module):
             features: maps by name, the finest first.
             proposals: (N, 4) of each image.
             image_shapes: (height, width) of the images before they are padded.
-            padded_shape: (height, width) of the batch, which tells the strides of the maps; without it they follow
-                from the largest of ``image_shapes``, which is right from 68 pixels on.
+            padded_shapes: the same with their padding, which tells the strides of the maps; without it they follow from
+                the largest of ``image_shapes``, which is right from 68 pixels on.
         """
-        detections = self.detect(features, proposals, image_shapes, padded_shape)
+        detections = self.detect(features, proposals, image_shapes, padded_shapes)
         if self.mask_head is not None:
-            logits_RKMM = self.masks(features, [d["boxes"] for d in detections], image_shapes, padded_shape)
+            logits_RKMM = self.masks(features, [d["boxes"] for d in detections], padded_shapes or image_shapes)
             labels_R = torch.cat([d["labels"] for d in detections])
             own = masks_of_own_class(logits_RKMM, labels_R)[:, None]
             parts = in_full_precision(own).sigmoid().split([len(d["labels"]) for d in detections])
@@ -172,31 +172,25 @@ class RoIHeads(nn.Module):
         return detections
 
     def losses(
-        self,
-        features: Maps,
-        proposals: Sequence[torch.Tensor],
-        image_shapes: Sizes,
-        targets: Sequence[Target],
-        padded_shape: Sequence[int] | None = None,
+        self, features: Maps, proposals: Sequence[torch.Tensor], padded_shapes: Sizes, targets: Sequence[Target]
     ) -> dict[str, torch.Tensor]:
         """Losses of the heads on samples of the proposals; the targets have "boxes", "labels" and "masks"."""
-        image_shapes = _of_pools(image_shapes, padded_shape)
         samples = [self.target_sampler(p, t) for p, t in zip(proposals, targets, strict=True)]
-        logits_RK, codes_RX = self.boxes(features, [s.boxes_N4 for s in samples], image_shapes)
+        logits_RK, codes_RX = self.boxes(features, [s.boxes_N4 for s in samples], padded_shapes)
         labels_R = torch.cat([s.labels_N for s in samples])
         wanted_R4 = torch.cat([s.codes_N4 for s in samples])
         classification, regression = box_head_loss(logits_RK, codes_RX, labels_R, wanted_R4, self.box_loss_beta)
         losses = {"loss_classifier": classification, "loss_box_reg": regression}
         if self.mask_head is not None:
-            losses["loss_mask"] = self._mask_loss(features, samples, image_shapes, targets)
+            losses["loss_mask"] = self._mask_loss(features, samples, padded_shapes, targets)
         return losses
 
     def _mask_loss(
-        self, features: Maps, samples: Sequence[Samples], image_shapes: Sizes, targets: Sequence[Target]
+        self, features: Maps, samples: Sequence[Samples], padded_shapes: Sizes, targets: Sequence[Target]
     ) -> torch.Tensor:
         found = [torch.where(s.labels_N > 0)[0] for s in samples]
         boxes = [s.boxes_N4[i] for s, i in zip(samples, found, strict=True)]
-        logits_RKMM = self.masks(features, boxes, image_shapes)
+        logits_RKMM = self.masks(features, boxes, padded_shapes)
         size = logits_RKMM.shape[-1]
         wanted = [
             project_masks_on_boxes(t["masks"], box, s.objects_N[i], size)
@@ -206,43 +200,26 @@ class RoIHeads(nn.Module):
         return mask_loss(logits_RKMM, labels_R, torch.cat(wanted))
 
     def boxes(
-        self,
-        features: Maps,
-        boxes: Sequence[torch.Tensor],
-        image_shapes: Sizes,
-        padded_shape: Sequence[int] | None = None,
+        self, features: Maps, boxes: Sequence[torch.Tensor], padded_shapes: Sizes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (R, K) and codes (R, 4 K) of boxes (N, 4) of each image."""
-        pooled = self.box_roi_pool(features, boxes, _of_pools(image_shapes, padded_shape))
-        return self.box_predictor(self.box_head(pooled))
+        return self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, padded_shapes)))
 
-    def masks(
-        self,
-        features: Maps,
-        boxes: Sequence[torch.Tensor],
-        image_shapes: Sizes,
-        padded_shape: Sequence[int] | None = None,
-    ) -> torch.Tensor:
+    def masks(self, features: Maps, boxes: Sequence[torch.Tensor], padded_shapes: Sizes) -> torch.Tensor:
         """Mask logits (R, K, M, M) of any boxes (N, 4) of each image: detections, samples or given ones."""
         if self.mask_roi_pool is None or self.mask_head is None or self.mask_predictor is None:
             raise ValueError("these heads have no mask head: build them with mask_roi_pool, mask_head, mask_predictor")
-        pooled = self.mask_roi_pool(features, boxes, _of_pools(image_shapes, padded_shape))
-        return self.mask_predictor(self.mask_head(pooled))
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, padded_shapes)))
 
     def detect(
         self,
         features: Maps,
         proposals: Sequence[torch.Tensor],
         image_shapes: Sizes,
-        padded_shape: Sequence[int] | None = None,
+        padded_shapes: Sizes | None = None,
     ) -> list[Detection]:
         """Detections of each image, without masks."""
-        logits_RK, codes_RX = self.boxes(features, proposals, image_shapes, padded_shape)
+        logits_RK, codes_RX = self.boxes(features, proposals, padded_shapes or image_shapes)
         counts = [len(boxes) for boxes in proposals]
         parts = zip(logits_RK.split(counts), codes_RX.split(counts), proposals, image_shapes, strict=True)
         return [self.selection(logits, codes, boxes, shape) for logits, codes, boxes, shape in parts]
-
-
-def _of_pools(image_shapes: Sizes, padded_shape: Sequence[int] | None) -> Sizes:
-    """What tells pools the strides: the batch's shape for every image, if it is known."""
-    return image_shapes if padded_shape is None else [(padded_shape[0], padded_shape[1])] * len(image_shapes)

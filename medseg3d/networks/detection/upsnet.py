@@ -115,22 +115,24 @@ class UPSNet(nn.Module):
             check_targets(images, targets, self.things + 1, True, self.detector.inclusive)
             self._check_semantic(images, targets)
         batch_BCHW, records, moved = self.detector.transform(images, targets)
-        shapes, padded = [record.resized for record in records], batch_BCHW.shape[2:]
+        shapes = [record.resized for record in records]
+        height, width = batch_BCHW.shape[2:]
+        padded = [(height, width)] * len(shapes)
         features = self.detector.backbone(batch_BCHW)
         logits_BKQR = self.semantic_head([features[name] for name in MAPS])
-        proposals, losses = self.detector.rpn(features, shapes, padded, moved)
+        proposals, losses = self.detector.rpn(features, shapes, (height, width), moved)
         if targets is None or moved is None:
             detections = self.detector.roi_heads.detect(features, proposals, shapes, padded)
-            masks = self._own_masks(features, detections, shapes, padded)
+            masks = self._own_masks(features, detections, padded)
             parts = zip(logits_BKQR, detections, masks, records, strict=True)
             return [self._panoptic(logits, found, own, record) for logits, found, own, record in parts]
-        semantic_BHW = self._semantic_target(targets, records, padded)
+        semantic_BHW = self._semantic_target(targets, records, (height, width))
         return {
-            **self.detector.roi_heads.losses(features, proposals, shapes, moved, padded),
+            **self.detector.roi_heads.losses(features, proposals, padded, moved),
             **losses,
             **self._semantic_losses(logits_BKQR, semantic_BHW, moved),
             "loss_panoptic": self.panoptic_weight
-            * self._panoptic_loss(features, logits_BKQR, semantic_BHW, moved, shapes),
+            * self._panoptic_loss(features, logits_BKQR, semantic_BHW, moved, padded),
         }
 
     def _check_semantic(self, images: Sequence[torch.Tensor], targets: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -184,7 +186,7 @@ class UPSNet(nn.Module):
         shapes: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
         """Cross-entropy of the panoptic head that is shown some of the objects, at a quarter of the size."""
-        masks = self._own_masks(features, targets, shapes, semantic_BHW.shape[1:])
+        masks = self._own_masks(features, targets, shapes)
         losses = []
         for logits, semantic, target, own in zip(logits_BKQR, semantic_BHW, targets, masks, strict=True):
             kept = self._shown(len(own), own.device)
@@ -205,16 +207,12 @@ class UPSNet(nn.Module):
         return order[: max(1, round(self.keep * count))].sort().values
 
     def _own_masks(
-        self,
-        features: Maps,
-        objects: Sequence[Mapping[str, torch.Tensor]],
-        shapes: Sequence[tuple[int, int]],
-        padded: Sequence[int],
+        self, features: Maps, objects: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[tuple[int, int]]
     ) -> tuple[torch.Tensor, ...]:
         """Mask logits (N, M, M) of each picture's boxes, of the classes of their labels."""
         counts = [len(one["labels"]) for one in objects]
         boxes = [in_full_precision(one["boxes"]) for one in objects]
-        logits_RKMM = self.detector.roi_heads.masks(features, boxes, shapes, padded)
+        logits_RKMM = self.detector.roi_heads.masks(features, boxes, shapes)
         labels_R = torch.cat([one["labels"] for one in objects])
         return masks_of_own_class(logits_RKMM, labels_R).split(counts)
 

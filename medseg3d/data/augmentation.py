@@ -42,6 +42,10 @@ class RandAffineCropd(MapTransform, Randomizable):
         deform: largest shift of a control point in voxels, for each axis. What a voxel is moved by is a mean of four
             control points along each axis, so it is mostly far less.
         control_spacing: voxels between control points.
+        spacing: mm along each axis of the window. The volumes may then lie on grids of their own, best on that of the
+            scan, so that the window has been interpolated once and is as sharp as what a network is given later. None
+            gives the window the volume's voxels.
+        spacing_key: where the volume's own spacing is found, (axes,) in mm, as ``ToModelGridd`` writes it.
 
     Raises:
         ValueError: ranges or ratios that do not fit the axes or the classes; control points so close together that the
@@ -60,6 +64,8 @@ class RandAffineCropd(MapTransform, Randomizable):
         translate: Sequence[float] | float = 0.0,
         deform: Sequence[float] | float = 0.0,
         control_spacing: float = 16.0,
+        spacing: Sequence[float] | None = None,
+        spacing_key: str = "spacing",
     ) -> None:
         super().__init__(keys)
         self.label_keys = ensure_tuple(label_keys)
@@ -72,6 +78,10 @@ class RandAffineCropd(MapTransform, Randomizable):
         self.translate = _ranges("translate", translate, axes)
         self.deform = _ranges("deform", deform, axes)
         self.control_spacing = control_spacing
+        self.spacing = None if spacing is None else np.array(spacing, float)
+        if self.spacing is not None and (self.spacing.shape != (axes,) or not (self.spacing > 0).all()):
+            raise ValueError(f"spacing must be {axes} numbers of mm above 0, got {spacing}")
+        self.spacing_key = spacing_key
         most = control_spacing / FOLDS_AT[axes]
         if self.deform.max() > most:
             raise ValueError(
@@ -82,8 +92,9 @@ class RandAffineCropd(MapTransform, Randomizable):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = dict(data)
         shape = tuple(output[self.keys[0]].shape[1:])
-        matrix = self._matrix()
-        center = self._center(output.pop(self.indices_key), shape)
+        window, volume = self._spacings(output)
+        matrix = self._matrix() * window / volume[:, None]
+        center = self._center(output.pop(self.indices_key), shape, window / volume)
         device = torch.as_tensor(output[self.keys[0]]).device
         grid = sampling_grid(shape, matrix, center, self.size, device, self._displacement(device))
         for key in self.keys:
@@ -91,7 +102,18 @@ class RandAffineCropd(MapTransform, Randomizable):
             output[key] = sample(torch.as_tensor(output[key]), grid, mode)
         return output
 
-    def _center(self, indices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    def _spacings(self, data: Mapping[Hashable, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Spacing of the window and of the volume, in one unit."""
+        if self.spacing is None:
+            return np.ones(len(self.size)), np.ones(len(self.size))
+        if self.spacing_key not in data:
+            raise ValueError(
+                f"windows of {self.spacing.tolist()} mm need the volume's spacing in {self.spacing_key!r}: give "
+                f"ToModelGridd(spacing_key={self.spacing_key!r})"
+            )
+        return self.spacing, np.asarray(data[self.spacing_key], float)
+
+    def _center(self, indices: Sequence[Any], shape: tuple[int, ...], ratio: np.ndarray) -> np.ndarray:
         """Voxel coordinates of the window's centre; a window without turn or shift lies within the volume."""
         if len(indices) != len(self.ratios):
             raise ValueError(f"there are {len(indices)} classes, but {len(self.ratios)} ratios: give one for each")
@@ -101,11 +123,12 @@ class RandAffineCropd(MapTransform, Randomizable):
         chosen = indices[int(self.R.choice(len(ratios), p=ratios / ratios.sum()))]
         half = (np.array(self.size) - 1) / 2
         voxel = np.unravel_index(int(chosen[self.R.randint(len(chosen))]), shape) + half % 1  # voxels upon voxels
-        low = np.minimum(half, (np.array(shape) - 1) / 2)  # of a volume that is smaller than the window, the middle
-        return np.clip(voxel, low, np.array(shape) - 1 - low) + self.R.uniform(-self.translate, self.translate)
+        # Of a volume that is smaller than the window, the middle.
+        low = np.minimum(half * ratio, (np.array(shape) - 1) / 2)
+        return np.clip(voxel, low, np.array(shape) - 1 - low) + ratio * self.R.uniform(-self.translate, self.translate)
 
     def _matrix(self) -> np.ndarray:
-        """From voxels of the window to voxels of the volume, both reckoned from the window's centre."""
+        """What turns and scales, about the window's centre."""
         angles = self.R.uniform(-self.rotate, self.rotate)
         return rotation(angles) * self.R.uniform(1 - self.scale, 1 + self.scale)
 

@@ -44,6 +44,7 @@ class ModelGrid:
         crop_above: crop to the box of voxels above this value (HU for CT); None keeps the whole volume.
         crop_margin: mm kept around that box.
         shape: voxels along each of these axes, whatever their size; ``spacing`` is not used then.
+        upsample: False leaves axes whose voxels are larger than ``spacing`` as they are.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class ModelGrid:
         crop_above: float | None = None,
         crop_margin: float = 0.0,
         shape: Sequence[int] | None = None,
+        upsample: bool = True,
     ) -> None:
         self.orientation = orientation
         self.spacing = tuple(float(value) for value in spacing)
         self.shape = None if shape is None else tuple(shape)
         self.crop_above = crop_above
         self.crop_margin = float(crop_margin)
+        self.upsample = upsample
 
     def frame(self, array: np.ndarray, affine: np.ndarray) -> Chain:
         """The record reorient -> crop -> resample for one image (D, H, W)."""
@@ -71,7 +74,8 @@ class ModelGrid:
             crop = grid.crop(np.maximum(start - margin, 0), np.minimum(stop + margin, grid.shape))
             frames.append(crop)
             grid = crop.target
-        frames.append(grid.resample(shape=self.shape) if self.shape else grid.resample(spacing=self.spacing))
+        spacing = self.spacing if self.upsample else np.maximum(self.spacing, grid.spacing)
+        frames.append(grid.resample(shape=self.shape) if self.shape else grid.resample(spacing=spacing))
         return Chain(frames)
 
 
@@ -115,7 +119,8 @@ class ToModelGridd(MapTransform, InvertibleTransform):
     Args:
         keys: images first; each (C, D, H, W).
         label_keys: those of ``keys`` that hold label numbers.
-        orientation, spacing, crop_above, crop_margin, shape: see :class:`ModelGrid`.
+        orientation, spacing, crop_above, crop_margin, shape, upsample: see :class:`ModelGrid`.
+        spacing_key: where mm along each axis of the grid are written, (3,); None for nowhere.
     """
 
     def __init__(
@@ -128,10 +133,13 @@ class ToModelGridd(MapTransform, InvertibleTransform):
         crop_margin: float = 0.0,
         allow_missing_keys: bool = False,
         shape: Sequence[int] | None = None,
+        upsample: bool = True,
+        spacing_key: str | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.label_keys = ensure_tuple(label_keys)
-        self.grid = ModelGrid(orientation, spacing, crop_above, crop_margin, shape)
+        self.grid = ModelGrid(orientation, spacing, crop_above, crop_margin, shape, upsample)
+        self.spacing_key = spacing_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = dict(data)
@@ -149,6 +157,8 @@ class ToModelGridd(MapTransform, InvertibleTransform):
             self.push_transform(result, orig_size=array.shape[1:], extra_info={"frame": frame})
             result.affine = torch.from_numpy(frame.target.affine.copy())
             output[key] = result
+        if frame is not None and self.spacing_key is not None:
+            output[self.spacing_key] = torch.tensor(frame.target.spacing)
         return output
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -148,6 +148,43 @@ def test_image_and_label_stay_together():
         assert agreement > 0.85  # they differ at outlines alone; a window elsewhere agrees in 0.75
 
 
+def millimetres(shape, spacing):
+    """Where each voxel lies, in mm from the first: (3, *shape)."""
+    return torch.from_numpy(np.indices(shape) * np.reshape(spacing, (3, 1, 1, 1))).float()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_windows_have_their_spacing_whatever_the_volumes(turned):
+    shape, spacing, wanted, size = (40, 44, 50), (3.9, 4.7, 2.0), (3.0, 3.0, 2.5), (10, 12, 8)
+    places = millimetres(shape, spacing)
+    item = {
+        "image": places,
+        "label": torch.zeros(1, *shape),
+        "label_cls_indices": [[np.ravel_multi_index((20, 22, 25), shape)], [], []],
+        "spacing": torch.tensor(spacing),
+    }
+    options = {"rotate": [0.3] * 3, "translate": 2} if turned else {}
+    got = transform(size, spacing=wanted, **options)(item)
+    steps = [(got["image"].diff(dim=axis + 1).flatten(1).mean(1) / wanted[axis]) for axis in range(3)]
+    jacobian = torch.stack(steps, 1)
+    torch.testing.assert_close(jacobian.T @ jacobian, torch.eye(3), atol=1e-3, rtol=0)  # turned in mm, not in voxels
+    assert torch.allclose(jacobian, torch.eye(3), atol=1e-3) != turned
+    middle = got["image"].flatten(1).mean(1)
+    most = [2 * one * turned + one for one in np.maximum(wanted, spacing)]
+    assert ((middle - torch.tensor([20, 22, 25]) * torch.tensor(spacing)).abs() < torch.tensor(most)).all()
+    assert got["spacing"] is item["spacing"]
+
+
+def test_windows_of_another_spacing_lie_within_the_volume_too():
+    shape, spacing = (30, 30), (2.0, 5.0)
+    ramp = torch.arange(30.0)[:, None] * 2 + torch.arange(30.0) * 5
+    for seed in range(20):
+        item = {"image": ramp[None], "label": torch.ones(1, *shape), "spacing": torch.tensor(spacing)}
+        item["label_cls_indices"] = [[], np.arange(900), []]
+        got = transform((16, 16), seed, spacing=(3, 3))(item)["image"][0]
+        assert all(torch.allclose(got.diff(dim=axis), torch.tensor(3.0), atol=1e-3) for axis in (0, 1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -156,6 +193,9 @@ def test_image_and_label_stay_together():
         ({"deform": [1, 7, 1]}, "deform may be at most control_spacing / 2.48, here 6.45.* got 7"),
         ({"deform": 4, "control_spacing": 8}, "here 3.23"),
         ({"ratios": [1, 1]}, "3 classes, but 2 ratios"),
+        ({"spacing": [3, 3]}, "spacing must be 3 numbers of mm above 0"),
+        ({"spacing": [3, 3, 0]}, "spacing must be 3 numbers of mm above 0"),
+        ({"spacing": [3, 3, 3]}, "spacing in 'spacing': give ToModelGridd"),
     ],
 )
 def test_what_it_refuses(options, message):

@@ -171,6 +171,14 @@ class TestToModelGrid:
             np.testing.assert_array_equal(moved[key].numpy(), data[key].numpy())
             assert moved[key].data_ptr() != data[key].data_ptr()
 
+    def test_without_upsampling_coarser_axes_stay_and_the_spacing_is_told(self):
+        data = self.data("RAS")
+        wanted = [SPACING[0] / 2, SPACING[1], SPACING[2] * 2]
+        transform = ToModelGridd(("image", "label"), "label", spacing=wanted, upsample=False, spacing_key="mm")
+        moved = transform(data)
+        torch.testing.assert_close(moved["mm"], torch.tensor([*SPACING[:2], wanted[2]]))
+        assert moved["image"].shape == moved["label"].shape == (1, *self.shape[:2], self.shape[2] // 2)
+
     def test_the_caller_keeps_its_data(self):
         data = self.data()
         before = {key: (value.numpy().copy(), value.affine.numpy().copy()) for key, value in data.items()}

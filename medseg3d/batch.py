@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
 from medseg3d.io import Case, Inputs, find_inputs
 from medseg3d.io.formats import WRITABLE, split_name
-from medseg3d.report.records import write_csv, write_json
-from medseg3d.report.run import case_record, input_sha256
+from medseg3d.report.ledger import Ledger
+from medseg3d.report.records import write_csv
+from medseg3d.report.run import case_record
 from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
@@ -30,8 +32,8 @@ if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
 
 logger = logging.getLogger(__name__)
 
-_LEDGER = "finished.json"  # in the output folder: case -> what it was made from, for --resume
 FAILURES = "failures.csv"
+_FAILURE = ("case", "input", "error")
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -117,7 +119,11 @@ class OutputPlan:
 
     def files(self, case: Case) -> dict[str, Path]:
         """Output kind -> path for one case."""
-        stem = split_name(self.target)[0] if self.is_file else case.name
+        return self.files_of(case.name)
+
+    def files_of(self, name: str) -> dict[str, Path]:
+        """Output kind -> path for the case of this name."""
+        stem = split_name(self.target)[0] if self.is_file else name
         segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix or self.writable[0]}"
         files = {"segmentation": segmentation}
         if self.pictures in ("instances", "panoptic"):
@@ -187,7 +193,8 @@ def predict_many(
     Ctrl-C included, what is being written then is finished first and the threads end.
 
     A case that fails is yielded with its error and the next one begins; ``failures.csv`` in the output folder lists
-    them. In a folder each finished case is noted, so that ``resume`` passes over those whose input, model and options
+    them. Several runs may write into one folder, at the same time too; its tables are of all that it holds. In a folder
+    each finished case is noted, so that ``resume`` passes over those whose input, model and options
     are what they were.
 
     Args:
@@ -205,40 +212,56 @@ def predict_many(
     found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs, pictures is not None)
     plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output), pictures=pictures)
     plan.prepare(found)
-    ledger = _Ledger(plan, segmenter, allow_non_hu)
+    options = {"suffix": plan.suffix or plan.writable[0], "allow_non_hu": allow_non_hu}
+    model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
+    ledger = Ledger(None if plan.is_file else plan.folder, {"model": model, **options})
     run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress)
     return _results(run, found, plan, _overlapped if background_io else _one_by_one)
 
 
 def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Generator]) -> Iterator[CaseResult]:
-    table: dict[str, Any] = {}
     failures = []
-    documents = []
     with (
         closing(each(run.read, inputs.cases)) as scans,
         closing(each(run.write, run.segmented(inputs.cases, scans))) as outcomes,
     ):
         for outcome in outcomes:
-            case = outcome.case
             if outcome.error is not None:
-                failures.append({"case": case.name, "input": str(case.path), "error": outcome.error})
-            else:
-                if "json" in outcome.outputs:
-                    documents.append(outcome.outputs["json"])
-                if "statistics" in outcome.outputs:
-                    table[case.name] = json.loads(outcome.outputs["statistics"].read_text(encoding="utf-8"))
+                failures.append({"case": outcome.case.name, "input": str(outcome.case.path), "error": outcome.error})
             yield outcome
             del outcome  # its arrays are not ours to keep while the next one is made
-    if table and not plan.is_file:
-        plan.write_table(plan.folder / "statistics.csv", table)
-    if documents and not plan.is_file:
+    if not plan.is_file:
+        with run.ledger.read_anew():
+            _write_tables(plan, run.ledger)
+            _write_failures(plan.folder / FAILURES, failures, {case.name for case in inputs.cases}, run.ledger)
+
+
+def _write_tables(plan: OutputPlan, ledger: Ledger) -> None:
+    """What is in one file for all finished cases of a folder, those of earlier runs too."""
+    made: dict[str, dict[str, Path]] = {"statistics": {}, "json": {}}
+    for name, kinds in sorted(ledger.finished_cases.items()):
+        files = plan.files_of(name)
+        for kind in made.keys() & kinds & files.keys():
+            if files[kind].is_file():
+                made[kind][name] = files[kind]
+    if made["statistics"]:
+        figures = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in made["statistics"].items()}
+        plan.write_table(plan.folder / "statistics.csv", figures)
+    if made["json"]:
         from medseg3d.io.results import join_results
 
-        join_results(plan.folder / f"{plan.pictures}.json", documents)
-    if not plan.is_file:
-        (plan.folder / FAILURES).unlink(missing_ok=True)
-        if failures:
-            write_csv(plan.folder / FAILURES, failures, ("case", "input", "error"))
+        join_results(plan.folder / f"{plan.pictures}.json", made["json"].values())
+
+
+def _write_failures(path: Path, failures: list[dict[str, Any]], tried: Collection[str], ledger: Ledger) -> None:
+    """The cases that failed, with those of earlier runs that nobody has tried again."""
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            earlier = [row for row in csv.DictReader(file) if row.get("case") not in {*tried, *ledger.finished_cases}]
+        failures = [{name: row.get(name) for name in _FAILURE} for row in earlier] + failures
+    path.unlink(missing_ok=True)
+    if failures:
+        write_csv(path, failures, _FAILURE)
 
 
 def _one_by_one(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, None, None]:
@@ -268,7 +291,7 @@ class _Run:
 
     segmenter: Any  # of any kind: each reads what it segments
     plan: OutputPlan
-    ledger: _Ledger
+    ledger: Ledger
     resume: bool
     allow_non_hu: bool
     progress: Callable[[Case, str], None] | None
@@ -355,43 +378,3 @@ def _failed(case: Case, error: Exception) -> CaseResult:
     if out_of_memory and not isinstance(error, ValueError):  # that one tells enough
         reason = f"out of memory ({reason}): crop the scan, or use a machine with more"
     return CaseResult(case, error=reason, out_of_memory=out_of_memory)
-
-
-class _Ledger:
-    """Which cases of an output folder are finished, and what they were made from."""
-
-    def __init__(self, plan: OutputPlan, segmenter: Any, allow_non_hu: bool) -> None:
-        self.path = None if plan.is_file else plan.folder / _LEDGER
-        options = {"suffix": plan.suffix or plan.writable[0], "allow_non_hu": allow_non_hu}
-        model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
-        self.settings = {"model": model, **options}
-        self.entries: dict[str, Any] = {}
-        if self.path is not None and self.path.is_file():
-            with suppress(ValueError, TypeError):  # a damaged ledger only costs the time to do its cases again
-                self.entries = dict(json.loads(self.path.read_text(encoding="utf-8")))
-
-    def finished(self, case: Case, files: dict[str, Path]) -> bool:
-        if not all(path.is_file() for path in files.values()):
-            return False
-        entry = dict(self.entries.get(case.name) or {})
-        written = entry.pop("files", ())
-        return set(files) <= set(written) and entry == self._key(case)
-
-    def is_of_another_input(self, case: Case, files: dict[str, Path]) -> bool:
-        """Whether the segmentation that lies there now was made of other voxels."""
-        entry = self.entries.get(case.name)
-        if not isinstance(entry, dict) or not files["segmentation"].is_file():
-            return False
-        return entry.get("input_sha256") != input_sha256(case.path)
-
-    def note(self, case: Case, files: Iterable[str]) -> None:
-        if self.path is not None:
-            self.entries[case.name] = {**self._key(case), "files": sorted(files)}
-            write_json(self.path, self.entries)
-
-    def forget(self, case: Case) -> None:
-        if self.path is not None and self.entries.pop(case.name, None) is not None:
-            write_json(self.path, self.entries)
-
-    def _key(self, case: Case) -> dict[str, Any]:
-        return {"input_sha256": input_sha256(case.path), **self.settings}

@@ -174,7 +174,10 @@ def _of_pictures(
 
 
 def unfilled(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn.Module, Compose, Any]:
-    """Network, preprocessing and inferer of a bundle of scans, without weights, which need not be there.
+    """Network, preprocessing and inferer of a bundle, without weights, which need not be there.
+
+    A network of pictures gets its weights if they are: what a detector does depends on them. Else they are random, the
+    same each time.
 
     Args:
         model, trust: as for :func:`load_model`.
@@ -189,7 +192,11 @@ def unfilled(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn
         parser = _parser(bundle, torch.device("cpu"))
         if changes:
             parser["network_def"] = {**parser.get("network_def"), **changes}
-        network, _ = _network(parser, bundle)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network, _ = _network(parser, bundle)
+        if bundle.pictures and not changes and (bundle.path / "models" / "model.pt").is_file():
+            network, *_ = _filled(network, None, bundle)
         preprocessing = Compose([]) if bundle.pictures else _resolved(parser, bundle, *_PREPROCESSING)
         inferer = _resolved(parser, bundle, "inferer")
     return network, preprocessing if bundle.pictures else _from_memory(preprocessing, bundle, inferer), inferer

@@ -37,6 +37,7 @@ class ScanCost:
         windows: how often it runs.
         flops: of all of them; two for a multiply-add.
         parameters: of the network.
+        of_noise: whether the network ran on random values to be counted, since its work depends on what it sees.
         refusal: why there are no numbers; empty if there are.
     """
 
@@ -46,6 +47,7 @@ class ScanCost:
     windows: int = 0
     flops: int = 0
     parameters: int = 0
+    of_noise: bool = False
     refusal: str = ""
 
     @property
@@ -96,11 +98,12 @@ def _check_axes(numbers: Sequence[float], axes: int, what: str) -> None:
 
 
 def _cost(name: str, own: bool, strategy: Strategy, network: nn.Module, image_BC: torch.Tensor) -> ScanCost:
-    found = Operations(network, strategy).count(image_BC)
+    operations = Operations(network, strategy)
+    found = operations.count(image_BC)
     assert found is not None, "coarse to fine is none of the three"
     window = tuple(strategy.example(image_BC).shape[2:])
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return ScanCost(name, own, window, *found, parameters)
+    return ScanCost(name, own, window, *found, parameters, operations.of_noise)
 
 
 def _other(name: str, model: str | Path, trust: bool, own: Strategy, image_BC: torch.Tensor) -> ScanCost:

@@ -292,7 +292,7 @@ def test_resume_takes_no_file_of_another_model(model, ct_file, tmp_path, monkeyp
     list(predict_many(model, ct_file, plain))
     with monkeypatch.context() as other:
         other.setitem(model.record, "bundle_sha256", "another model")
-        other.setattr("medseg3d.batch._Ledger.note", lambda *_: None)  # killed before it
+        other.setattr("medseg3d.batch.Ledger.note", lambda *_: None)  # killed before it
         list(predict_many(model, ct_file, plain))
     assert not resumed(plain)
 
@@ -325,6 +325,26 @@ def test_statistics_of_a_resumed_run_have_every_case(model, scans, tmp_path):
     list(predict_many(model, scans / "a.nii.gz", plan))
     list(predict_many(model, scans, plan, resume=True))
     assert {row["case"] for row in rows(plan.folder / "statistics.csv")} == {"a", "c"}
+
+
+def test_tables_of_a_folder_keep_earlier_runs(model, scans, tmp_path, ct_file):
+    plan = OutputPlan(tmp_path / "out", statistics=True)
+    list(predict_many(model, [scans / "a.nii.gz", scans / "b.nii.gz"], plan))
+    list(predict_many(model, scans / "c.nii.gz", plan))
+    assert [row["case"] for row in rows(plan.folder / "statistics.csv")] == ["a", "c"]
+    assert [row["case"] for row in rows(plan.folder / "failures.csv")] == ["b"]
+    list(predict_many(model, scans / "a.nii.gz", OutputPlan(tmp_path / "out")))  # its figures are of another run now
+    shutil.copy(ct_file, scans / "b.nii.gz")
+    list(predict_many(model, scans / "b.nii.gz", plan))
+    assert [row["case"] for row in rows(plan.folder / "statistics.csv")] == ["b", "c"]
+    assert not (plan.folder / "failures.csv").exists()
+
+
+def test_runs_at_the_same_time_share_a_folder(model, scans, tmp_path):
+    first, second = (predict_many(model, scans / f"{name}.nii.gz", tmp_path) for name in "ac")  # both have read it
+    assert not any(result.error for result in (*first, *second))
+    (resumed,) = predict_many(model, scans / "a.nii.gz", tmp_path, resume=True)
+    assert resumed.resumed and sorted(json.loads((tmp_path / "finished.json").read_text())) == ["a", "c"]
 
 
 def test_inputs_that_were_found_already(model, scans, tmp_path):

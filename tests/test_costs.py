@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from medseg3d import load_model
 from medseg3d.catalogue import UntrustedBundle, find_bundle
 from medseg3d.costs import scan_costs
 from medseg3d.flops import count_operations
@@ -67,3 +68,12 @@ def test_pictures():
 def test_spacing_of_a_scan_is_needed():
     with pytest.raises(ValueError, match="the spacing of a scan: 3 numbers above 0 are needed, got none"):
         scan_costs("headneck_ct_unet", (64, 64, 64))
+
+
+def test_a_detector_is_counted_with_its_weights():
+    """On random values: what it does depends on what it sees."""
+    first, again = (scan_costs("nuclei_microscopy_maskrcnn", (128, 128))[0] for _ in range(2))
+    assert first == again and first.of_noise
+    filled = load_model("nuclei_microscopy_maskrcnn", "cpu").network
+    assert first.flops == count_operations(filled, (1, 3, *first.window)).flops
+    assert not scan_costs("nuclei_microscopy_unet", (128, 128))[0].of_noise

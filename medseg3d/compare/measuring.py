@@ -18,7 +18,7 @@ from medseg3d.data.datasets import Case
 from medseg3d.errors import in_words
 from medseg3d.inference.strategy import plain
 from medseg3d.recipe import as_strategy
-from medseg3d.report.evaluation import evaluate_volumes, read_label_map
+from medseg3d.report.evaluation import evaluate_volumes, read_label_map, require_numbers
 from medseg3d.report.run import count_peak_anew, recent_peak_mb
 from medseg3d.segmentation import Segmentation
 from medseg3d.segmenter import Segmenter
@@ -105,6 +105,7 @@ class Bench:
         shared = {number: labels[number] for number in numbers.values()}
         names = f"the segmentation of {case.name}", str(case.label)
         reference = read_label_map(case.label)
+        require_numbers(case.label, labels)
         return evaluate_volumes(predicted, reference, shared, self.conditions.nsd_tolerance_mm, case.annotated, names)
 
 

@@ -26,11 +26,15 @@ class Operations:
     Args:
         network: as the strategy takes it.
         strategy: None if it is not known, which counts nothing.
+
+    Attributes:
+        of_noise: whether a network was counted on random values, since its work depends on what it sees.
     """
 
     def __init__(self, network: nn.Module, strategy: Strategy | None) -> None:
         self.network = network
         self.strategy = strategy
+        self.of_noise = False
         self._of_window: dict[tuple[str, Shape], int] = {}
 
     def count(self, image_BC: torch.Tensor) -> tuple[int, int] | None:
@@ -67,7 +71,9 @@ class Operations:
     def _flops(self, which: str, shape: Shape) -> int:
         if (which, shape) not in self._of_window:
             network = self.network.get_submodule(which)  # the network itself where it has no name
-            self._of_window[which, shape] = count_operations(network, (1, *shape)).flops
+            counted = count_operations(network, (1, *shape))
+            self.of_noise = self.of_noise or not counted.on_meta
+            self._of_window[which, shape] = counted.flops
         return self._of_window[which, shape]
 
 

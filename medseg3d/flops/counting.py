@@ -156,9 +156,13 @@ def count_operations(network: nn.Module, shape: Sequence[int]) -> Count:
     with torch.inference_mode(False), torch.no_grad():
         try:
             return _counted(on_meta(network), torch.empty(tuple(shape), device="meta"))
-        except NotImplementedError:  # there is no answer without values
+        except _NeedsValues:
             inputs = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
             return _counted(copy.deepcopy(network).to("cpu"), inputs)
+
+
+class _NeedsValues(Exception):
+    """There is no answer without values."""
 
 
 def _counted(network: nn.Module, inputs: torch.Tensor) -> Count:
@@ -166,9 +170,9 @@ def _counted(network: nn.Module, inputs: torch.Tensor) -> Count:
     with watch:
         try:
             network(inputs)
-        except NotImplementedError:
-            raise
         except RuntimeError as error:
+            if inputs.is_meta and (isinstance(error, NotImplementedError) or "meta" in str(error)):
+                raise _NeedsValues from error  # they say so in many ways, such as item() of a meta tensor
             raise ValueError(
                 f"{type(network).__name__} does not take an input of {tuple(inputs.shape)}: {error}"
             ) from error

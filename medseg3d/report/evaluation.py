@@ -91,25 +91,6 @@ def is_label_image(file: Path) -> bool:
     return suffix in (".png", ".tif", ".tiff") and not stem.endswith(".preview")
 
 
-def evaluate_files(
-    prediction: str | Path,
-    reference: str | Path,
-    labels: Mapping[int, str],
-    nsd_tolerance_mm: float = 2.0,
-    annotated: Collection[int] | None = None,
-) -> list[Row]:
-    """:func:`evaluate_volumes` of two label map files.
-
-    Raises ValueError when a file is no label map, says that it has another number for one of the labels, or the two are
-    not on the same grid.
-    """
-    names = (str(prediction), str(reference))
-    sides = read_label_map(prediction), read_label_map(reference)
-    for path in (prediction, reference):
-        _require_numbers(path, labels)
-    return evaluate_volumes(*sides, labels, nsd_tolerance_mm, annotated, names)
-
-
 def evaluate_volumes(
     predicted: Volume,
     expected: Volume,
@@ -139,10 +120,11 @@ def evaluate_folders(
     nsd_tolerance_mm: float = 2.0,
     annotated: Mapping[str, Collection[int]] | None = None,
 ) -> Evaluation:
-    """Every prediction against the reference of its case; see `pair_cases` and `evaluate_files`.
+    """Every prediction against the reference of its case; see `pair_cases` and `evaluate_volumes`.
 
     `annotated`: case (a `case_name`, or the name of one of its files) -> the labels that were contoured in it; a case
-    that is not named there has all. A case that fails does not stop the others.
+    that is not named there has all. A case fails where a file is no label map, says that it has another number for one
+    of the labels, or the two are not on one grid; it does not stop the others.
 
     Raises ValueError as `pair_cases` does, and the error of the first case if all fail.
     """
@@ -154,6 +136,8 @@ def evaluate_folders(
     for case, files in found.pairs.items():
         try:
             sides = read_label_map(files[0]), read_label_map(files[1])
+            for file in files:
+                require_numbers(file, labels)
             names = str(files[0]), str(files[1])
             measured = evaluate_volumes(*sides, labels, nsd_tolerance_mm, contoured.get(case), names)
         except (ValueError, OSError) as error:
@@ -165,6 +149,19 @@ def evaluate_folders(
         raise next(iter(errors.values()))
     failures = [(case, in_words(error)) for case, error in errors.items()]
     return Evaluation(rows, found.unpaired, failures, sorted(unnamed - {0, *labels}))
+
+
+def require_numbers(path: str | Path, labels: Mapping[int, str]) -> None:
+    """ValueError if a label map file says that it has another number for one of the labels."""
+    table = read_label_table(path)
+    numbers = {name.casefold(): number for number, name in labels.items()}
+    for number, name in table.names.items() if table is not None else ():
+        wanted = numbers.get(name.casefold(), number)
+        if wanted != number:
+            raise ValueError(
+                f"{path} calls {name} label {number}, but here it is {wanted}: numbers are compared, so both sides "
+                "must use the same for an organ; renumber one of them"
+            )
 
 
 def write_evaluation_csv(path: str | Path, rows: Iterable[Row]) -> Path:
@@ -275,16 +272,3 @@ def read_label_map(path: str | Path) -> Volume:
     if volume.array.min(initial=0) < 0:
         raise ValueError(f"{path} is no label map: it holds numbers below 0, as a CT does; give the segmentation of it")
     return volume
-
-
-def _require_numbers(path: str | Path, labels: Mapping[int, str]) -> None:
-    """A file that names its labels must mean the same by the same number."""
-    table = read_label_table(path)
-    numbers = {name.casefold(): number for number, name in labels.items()}
-    for number, name in table.names.items() if table is not None else ():
-        wanted = numbers.get(name.casefold(), number)
-        if wanted != number:
-            raise ValueError(
-                f"{path} calls {name} label {number}, but here it is {wanted}: numbers are compared, so both sides "
-                "must use the same for an organ; renumber one of them"
-            )

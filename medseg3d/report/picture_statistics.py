@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg3d.report.records import write_csv
+from medseg3d.report.records import six_digits, write_csv
 from medseg3d.tasks import Instances, Panoptic, SemanticMap, semantic_from_instances, semantic_from_panoptic
 from medseg3d.tasks.regions import Region, regions_of
 
@@ -80,7 +80,7 @@ def _classes(semantic: SemanticMap, image: np.ndarray) -> list[dict[str, Any]]:
     for number, category in semantic.categories.items():
         inside = semantic.classes == number
         pixels = int(np.count_nonzero(inside))
-        share = round(pixels / max(1, inside.size), 6)
+        share = six_digits(pixels / max(1, inside.size))
         named = {"class": number, "name": category.name, "pixels": pixels, "share": share}
         figures.append({**named, **_means(image[inside])})
     return figures
@@ -130,4 +130,4 @@ def _means(values: np.ndarray) -> dict[str, float | None]:
         return dict.fromkeys(names)
     channels = np.atleast_1d(values.mean(axis=0, dtype=np.float64))
     means = [channels.mean(), *channels] if values.ndim == 2 else channels
-    return {name: round(float(mean), 4) for name, mean in zip(names, means, strict=True)}
+    return {name: six_digits(mean) for name, mean in zip(names, means, strict=True)}

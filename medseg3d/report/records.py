@@ -29,6 +29,11 @@ def require_same_grid(first: Geometry, second: Geometry, names: tuple[str, str])
         raise ValueError(f"both must lie on one grid, got {' and '.join(grids)}; resample one onto the other first")
 
 
+def six_digits(value: float) -> float:
+    """Rounded to six digits that count: neither a voxel of micrometres nor an image from 0 to 0.001 becomes 0."""
+    return float(f"{value:.6g}")
+
+
 def write_json(path: str | Path, data: Any) -> Path:
     """Write `data` as JSON, atomically; None becomes null. ValueError if it holds NaN or infinity, unknown to JSON."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -11,7 +11,7 @@ import numpy as np
 
 from medseg3d.geometry import Geometry
 from medseg3d.metrics.regions import Box, label_boxes
-from medseg3d.report.records import grid_record, require_same_grid, write_csv, write_json
+from medseg3d.report.records import grid_record, require_same_grid, six_digits, write_csv, write_json
 from medseg3d.volume import Volume
 
 _PERCENTILES = (5, 25, 50, 75, 95)
@@ -59,7 +59,7 @@ def statistics(segmentation: Volume, image: Volume, labels: Mapping[int, str]) -
             figures[key]["reason"] = "no voxel of the segmentation has this label"
     return {
         "grid": grid_record(image.geometry),
-        "voxel_volume_mm3": round(image.geometry.voxel_volume, 6),
+        "voxel_volume_mm3": six_digits(image.geometry.voxel_volume),
         "labels": figures,
     }
 
@@ -81,7 +81,7 @@ def _figures(mask: np.ndarray, image: np.ndarray, box: Box, geometry: Geometry) 
     voxels = int(np.count_nonzero(mask))
     return {
         "voxels": voxels,
-        "volume_ml": round(voxels * geometry.voxel_volume / 1000, 4),
+        "volume_ml": six_digits(voxels * geometry.voxel_volume / 1000),
         "hu": _intensities(_inside(mask, image)),
         "centroid_ras_mm": _rounded(geometry.world(start + _centre(mask))),
         "bounding_box": {
@@ -136,7 +136,7 @@ def _faces(start: np.ndarray, stop: np.ndarray, geometry: Geometry) -> list[str]
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    return [round(value, 2) for value in values.tolist()]
+    return [six_digits(value) for value in values.tolist()]
 
 
 _COLUMNS = (

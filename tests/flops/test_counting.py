@@ -246,3 +246,24 @@ def test_sizes_that_do_not_fit():
         count_operations(network, (1, 3, 8, 8, 8))
     with pytest.raises(ValueError, match="depth must be 0 or more"):
         count_operations(nn.Identity(), (1, 1)).by_module(-1)
+
+
+class Reading(nn.Module):
+    """Reads a value, as its ``way`` has it."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.way = nn.Conv2d(3, 4, 3, padding=1), way
+
+    def forward(self, x):
+        if self.way == "branch":
+            return self.conv(x) if x.sum() > 0 else x
+        return self.conv(x) * float(x.max()) if self.way == "item" else self.conv(x + torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("way", ["branch", "item", "a tensor of its own"])
+def test_a_network_that_reads_a_value_is_counted_by_running(way):
+    found = count_operations(Reading(way), (1, 3, 8, 8))
+    assert not found.on_meta and found.macs == 4 * 27 * 64
+    with pytest.raises(ValueError, match=r"Reading does not take an input of \(1, 2, 8, 8\)"):
+        count_operations(Reading("item"), (1, 2, 8, 8))

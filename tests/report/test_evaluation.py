@@ -9,7 +9,6 @@ import pytest
 from medseg3d.io import write_label_map
 from medseg3d.report.evaluation import (
     case_name,
-    evaluate_files,
     evaluate_folders,
     pair_cases,
     summarise,
@@ -151,7 +150,7 @@ def test_another_axis_order_and_floating_point_are_read(folders, tmp_path):
     affine[:2] *= -1
     affine[:2, 3] = (5 * 2.0, 5 * 1.0)
     reference = save(tmp_path / "r.nii.gz", label_map(5, 5)[::-1, ::-1], affine)
-    rows = evaluate_files(prediction, reference, LABELS)
+    rows = evaluate_folders(prediction, reference, LABELS).rows
     assert [row["dice"] for row in rows] == [pytest.approx(16 / 18), 1]
 
 
@@ -161,17 +160,17 @@ def test_refused_files(tmp_path):
     affine[0, 3] = 3.0
     away = save(tmp_path / "away.nii.gz", label_map(4, 5), affine)
     with pytest.raises(ValueError, match=r"good.nii.gz on .*from \(0, 0, 0\) mm.*away.nii.gz on .*from \(3, 0, 0\) mm"):
-        evaluate_files(good, away, LABELS)
+        evaluate_folders(good, away, LABELS)
     fractions = save(tmp_path / "fractions.nii.gz", label_map(4, 5).astype(np.float32) / 3)
     with pytest.raises(ValueError, match=r"fractions.nii.gz is no label map"):
-        evaluate_files(fractions, good, LABELS)
+        evaluate_folders(fractions, good, LABELS)
 
 
 def test_a_ct_is_no_reference(tmp_path):
     prediction = save(tmp_path / "p.nii.gz", label_map(4, 5))
     ct = save(tmp_path / "ct.nii.gz", label_map(4, 5).astype(np.int16) - 1000)
     with pytest.raises(ValueError, match=r"ct.nii.gz is no label map: it holds numbers below 0"):
-        evaluate_files(prediction, ct, LABELS)
+        evaluate_folders(prediction, ct, LABELS)
 
 
 def test_other_numbers_for_the_same_names_are_refused(tmp_path):
@@ -180,10 +179,11 @@ def test_other_numbers_for_the_same_names_are_refused(tmp_path):
     swapped = dict(zip(LABELS, reversed(LABELS.values()), strict=True))
     reference = write_label_map(volume, tmp_path / "r.seg.nrrd", swapped)
     with pytest.raises(ValueError, match=r"r.seg.nrrd calls .* label 1, but here it is 2: .* renumber one of them"):
-        evaluate_files(prediction, reference, LABELS)
-    evaluate_files(
-        prediction, write_label_map(volume, tmp_path / "s.nii.gz", {1: "Another name", 2: "One more"}), LABELS
-    )
+        evaluate_folders(prediction, reference, LABELS)
+    with pytest.raises(ValueError, match=r"r.seg.nrrd calls .* label 1"):
+        evaluate_folders(reference, prediction, LABELS)
+    other_names = write_label_map(volume, tmp_path / "s.nii.gz", {1: "Another name", 2: "One more"})
+    assert [row["dice"] for row in evaluate_folders(prediction, other_names, LABELS).rows] == [1, 1]
 
 
 def test_a_case_that_fails_does_not_stop_the_others(folders):

@@ -39,6 +39,19 @@ def test_hand_worked_figures(result):
     assert (figures["components"], figures["reason"]) == (1, None)
 
 
+def test_small_structures_and_small_values_are_not_rounded_away():
+    """A voxel of 10 micrometres, in an image such as a map of diffusion."""
+    organs = np.zeros((3, 3, 3), np.uint8)
+    organs[0, 1, 2] = 1
+    affine = np.diag([0.01, 0.01, 0.01, 1])
+    image = np.full(organs.shape, 0.00123, np.float64)
+    found = statistics(Volume(organs, affine), Volume(image, affine), {1: "organ"})
+    figures = found["labels"]["organ"]
+    assert found["voxel_volume_mm3"] == pytest.approx(1e-6) and figures["volume_ml"] == pytest.approx(1e-9)
+    assert figures["hu"]["mean"] == 0.00123 and figures["centroid_ras_mm"] == [0, 0.01, 0.02]
+    assert figures["bounding_box"]["size_mm"] == [0.01] * 3
+
+
 def test_border_faces_have_anatomical_names_and_pieces_are_counted(result):
     """Voxel (0, 0, 7) of an LPS grid is its rightmost, most anterior and most superior one; (9, 11, 3) the opposite."""
     figures = result["labels"]["larynx"]
@@ -81,7 +94,7 @@ def test_every_figure_is_what_numpy_and_scipy_say_of_the_whole_scan(shape, seed,
         values = image[mask].astype(np.float64)
         expected = {"mean": values.mean(), "median": np.median(values), "std": values.std()}
         expected |= {f"p{p}": np.percentile(values, p) for p in (5, 25, 75, 95)}
-        assert figures["hu"] == pytest.approx(expected, abs=0.005001)  # rounded to two decimals
+        assert figures["hu"] == pytest.approx(expected, rel=5.1e-6)  # six digits
         assert figures["voxels"] == mask.sum()
         assert figures["components"] == ndimage.label(mask, np.ones((3, 3, 3)))[1]
         indices = np.argwhere(mask)

@@ -24,7 +24,9 @@ Files = str | Path | Sequence[str | Path]  # a folder, a file, or several
 _LABEL_MAPS = "seg|segmentation|label|labels|labelmap|mask|oar|pred|prediction|gt|reference|trans"
 _IMAGES = "ct|image|img|0000"
 _ROLES = re.compile(rf"(?<=.)([_-]({_LABEL_MAPS}|{_IMAGES}))+$", re.IGNORECASE)
+_LABEL_WORDS = re.compile(rf"(?<=.)([_-]({_LABEL_MAPS}))+$", re.IGNORECASE)
 _IMAGE = re.compile(rf"[_-]({_IMAGES})$", re.IGNORECASE)
+_NUMBER = re.compile(r"(.+_)(\d{4})$")
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,46 @@ def pair_cases(predictions: Files, references: Files, pictures: bool = False) ->
     """Pair predictions with references by `case_name`; one file on either side is a pair whatever the names.
 
     Of a folder the NIfTI, NRRD and MetaImage files directly inside are taken, or with ``pictures`` the PNG and TIFF
-    files, previews left out. A name that ends in an image's word (_ct)
-    is set aside where the same side has a label map of that case (_seg, _oar).
+    files, previews left out. A name that ends in an image's word (_ct) is set aside where the same side has a label map
+    of that case (_seg, _oar). Of several label maps of a case those that have one name on both sides are taken; unless
+    there is just one such pair, the case is left out. 0000 belongs to the case where there is 0001 or the like too.
 
     Raises:
-        ValueError: two label maps of one case on one side, or no pair at all.
+        ValueError: no pair at all.
         FileNotFoundError: a folder or file that does not exist.
     """
     sides = _listed(predictions), _listed(references)
     if all(len(side) == 1 and side[0].is_file() for side in sides):
         return Pairs({case_name(sides[0][0]): (sides[0][0], sides[1][0])}, [])
-    predicted, expected = (_by_case(_files(side, pictures)) for side in sides)
-    both = sorted(predicted.keys() & expected.keys())
-    unpaired = [(path, "no reference of this name") for case, path in predicted.items() if case not in expected]
-    unpaired += [(path, "no prediction of this name") for case, path in expected.items() if case not in predicted]
-    if not both:
-        names = (", ".join([*sorted(side)[:3], *["..."] * (len(side) > 3)]) or "none" for side in (predicted, expected))
+    names = [_names(_files(side, pictures)) for side in sides]
+    numbers = [match for side in names for name in side.values() if (match := _NUMBER.match(name))]
+    numbered = {match[1] for match in numbers if match[2] != "0000"}
+    predicted, expected = (_by_case(side, numbered) for side in names)
+    pairs: dict[str, tuple[Path, Path]] = {}
+    unpaired: list[tuple[Path, str]] = []
+    for case in sorted(predicted.keys() | expected.keys()):
+        mine, theirs = predicted.get(case, []), expected.get(case, [])
+        found = _same_names(mine, theirs)
+        if len(found) == 1:
+            pairs[case] = found[0]
+            why = f"{found[0][0].name} is of the same case, {case}, and on both sides"
+        elif mine and theirs:
+            several = " and ".join(path.name for side in (mine, theirs) if len(side) > 1 for path in side)
+            why = f"{several} are all of the case {case}: move all but one away, or rename them"
+        else:
+            why = f"no {'reference' if mine else 'prediction'} of this name"
+        unpaired += [(path, why) for path in mine + theirs if path not in pairs.get(case, ())]
+    if not pairs and predicted.keys() & expected.keys():
+        raise ValueError(next(why for _, why in unpaired if " are all of the case " in why))
+    if not pairs:
+        one, other = (
+            ", ".join([*sorted(side)[:3], *["..."] * (len(side) > 3)]) or "none" for side in (predicted, expected)
+        )
         raise ValueError(
             "no prediction has the name of a reference; names are compared without words such as _seg or _ct:"
-            f" predictions {next(names)}; references {next(names)}"
+            f" predictions {one}; references {other}"
         )
-    return Pairs({case: (predicted[case], expected[case]) for case in both}, unpaired)
+    return Pairs(pairs, unpaired)
 
 
 def is_label_image(file: Path) -> bool:
@@ -245,20 +266,36 @@ def _is_scan(file: Path) -> bool:
     return KINDS.get(split_name(file)[1]) in ("nifti", "itk")
 
 
-def _by_case(files: Iterable[Path]) -> dict[str, Path]:
+def _names(files: Iterable[Path]) -> dict[Path, str]:
+    """Each file's name without the words of a label map; of a .hdr and an .img beside it the first alone."""
+    stems = {path: path.with_name(split_name(path)[0]) for path in files}
+    headers = {stem for path, stem in stems.items() if split_name(path)[1].startswith(".hdr")}
+    return {
+        path: _LABEL_WORDS.sub("", stem.name)
+        for path, stem in stems.items()
+        if stem not in headers or not split_name(path)[1].startswith(".img")
+    }
+
+
+def _by_case(names: Mapping[Path, str], numbered: Collection[str]) -> dict[str, list[Path]]:
+    """The label maps of each case, images set aside; what is in front of a number is ``numbered`` if that counts."""
     groups: dict[str, list[Path]] = {}
-    for path in files:
+    images = set()
+    for path, name in names.items():
+        match = _NUMBER.match(name)
+        if match and match[1] in numbered:
+            groups.setdefault(name, []).append(path)
+            continue
         groups.setdefault(case_name(path), []).append(path)
-    chosen = {}
-    for case, paths in groups.items():
-        label_maps = [path for path in paths if not _IMAGE.search(split_name(path)[0])] or paths
-        if len(label_maps) > 1:
-            names = " and ".join(path.name for path in label_maps)
-            raise ValueError(
-                f"one label map per case and side, got {names} for {case}; move one away or name the files"
-            )
-        chosen[case] = label_maps[0]
-    return chosen
+        if _IMAGE.search(split_name(path)[0]):
+            images.add(path)
+    return {case: [path for path in paths if path not in images] or paths for case, paths in groups.items()}
+
+
+def _same_names(predicted: Sequence[Path], expected: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Of the label maps of a case those that are called the same on both sides; the only ones, whatever they are."""
+    found = [(a, b) for a in predicted for b in expected]
+    return found if len(found) == 1 else [(a, b) for a, b in found if split_name(a)[0] == split_name(b)[0]]
 
 
 def read_label_map(path: str | Path) -> Volume:

@@ -101,8 +101,53 @@ def test_pairing_refusals(folders, tmp_path):
     with pytest.raises(ValueError, match="no prediction has the name of a reference"):
         pair_cases(predictions, [save(tmp_path / f"{name}_oar.nii", label_map(1)) for name in "xy"])
     save(references / "pt1_label.nii.gz", label_map(1))
-    with pytest.raises(ValueError, match=r"pt1_label.nii.gz and pt1_oar.nii.gz for pt1"):
-        pair_cases(predictions, references)
+    with pytest.raises(ValueError, match=r"pt1_label.nii.gz and pt1_oar.nii.gz are all of the case pt1: move all but"):
+        pair_cases(predictions / "pt1_ct_seg.nii.gz", references)
+
+
+def test_a_case_of_several_label_maps_stops_no_other(folders):
+    predictions, references = folders
+    save(references / "pt1_label.nii.gz", label_map(1))
+    found = pair_cases(predictions, references)
+    assert list(found.pairs) == ["pt2"]
+    assert [
+        path.name for path, reason in found.unpaired if "pt1_label.nii.gz and pt1_oar.nii.gz are all" in reason
+    ] == [
+        "pt1_ct_seg.nii.gz",
+        "pt1_label.nii.gz",
+        "pt1_oar.nii.gz",
+    ]
+
+
+def test_of_several_label_maps_those_of_one_name_are_a_pair(folders):
+    """Such as scans beside the reference, which are called as the case."""
+    predictions, references = folders
+    same = save(references / "pt1_ct_seg.nii.gz", label_map(1))
+    found = pair_cases(predictions, references)
+    assert found.pairs["pt1"] == (predictions / "pt1_ct_seg.nii.gz", same)
+    assert [path.name for path, _ in found.unpaired] == ["pt1_oar.nii.gz"]
+
+
+def test_a_number_that_tells_cases_apart_is_part_of_their_names(tmp_path):
+    numbers = ("", "_0000", "_0001")
+    predictions = [save(tmp_path / "p" / f"pt1{number}_seg.nii.gz", label_map(1)) for number in numbers]
+    references = [save(tmp_path / "r" / f"pt1{number}.nii.gz", label_map(1)) for number in numbers]
+    found = pair_cases(tmp_path / "p", tmp_path / "r")
+    assert dict(found.pairs) == dict(
+        zip(("pt1", "pt1_0000", "pt1_0001"), zip(predictions, references, strict=True), strict=True)
+    )
+    references[2].unlink()
+    assert list(pair_cases(tmp_path / "p", tmp_path / "r").pairs) == ["pt1", "pt1_0000"]
+
+
+def test_pairs_of_header_and_voxels_are_one_file(folders, tmp_path):
+    predictions, references = folders
+    for name in ("pt1", "pt2"):
+        volume = nib.load(references / f"{name}_oar.nii.gz")
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Pair(np.asarray(volume.dataobj), volume.affine), tmp_path / "pairs" / f"{name}.img")
+    rows = evaluate_folders(predictions, tmp_path / "pairs", LABELS).rows
+    assert rows == evaluate_folders(predictions, references, LABELS).rows
 
 
 def test_rows_and_summary(folders, tmp_path):

@@ -193,6 +193,9 @@ def test_underscores_are_dashes(given, meant):
         ["models", "delete"],
         ["evaluate", "-p", "a"],
         ["evaluate", "-p", "a", "-r", "b", "--nsd-tolerance", "two"],
+        ["evaluate", "-p", "a", "-r", "b", "--nsd-tolerance", "nan"],
+        ["compare", "--data", "openkbp_headneck", "-o", "out", "--nsd-tolerance", "-1"],
+        ["compare", "--data", "openkbp_headneck", "-o", "out", "--fold", "1"],
         ["train"],
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -181,7 +182,7 @@ def _add_compare(verbs: Any) -> None:
     verb.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="which cases (default: test)"
     )
-    verb.add_argument("--fold", type=int, metavar="N", help="the fold that is the validation split")
+    verb.add_argument("--fold", type=int, metavar="N", help="the fold that --split validation takes")
     verb.add_argument("--limit", type=_positive, metavar="N", help="only the first N of them")
     verb.add_argument("--labels", metavar="JSON", help="label names, where the data do not give them")
     verb.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the results; run again to go on")
@@ -322,7 +323,7 @@ def _add_device(verb: argparse.ArgumentParser) -> None:
 def _add_tolerance(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--nsd-tolerance",
-        type=float,
+        type=_millimetres,
         default=2.0,
         metavar="MM",
         help="tolerance of the surface Dice in mm (default: 2)",
@@ -333,6 +334,16 @@ def _add_trust(verb: Any) -> None:
     verb.add_argument(
         "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
     )
+
+
+def _millimetres(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"it is a number of mm, 0 or more, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -58,6 +58,8 @@ def _cases(args: argparse.Namespace) -> tuple[Dataset, list[Case]]:
     from medseg3d.io import LabelTable
 
     require_folder(args.dataset_dir)
+    if args.fold is not None and args.split == "test":
+        raise UsageError("no fold has the cases of the test split: say --split validation with --fold")
     dataset = dataset_of(args.data, args.dataset_dir)
     if args.labels:
         dataset = replace(dataset, labels=LabelTable.read_json(args.labels).names)

@@ -89,10 +89,12 @@ def _evaluate_objects(args: argparse.Namespace) -> int:
     result = evaluate_objects(args.predictions, args.references)
     for path, reason in result.unpaired:
         say(f"left out {path}: {reason}")
+    for case, reason in result.failures:
+        say(f"error: {case}: {reason}")
     print(objects_table(result))
     if args.output:
         print(write_objects_csv(args.output, result.rows))
-    return DONE
+    return SOME_FAILED if result.failures else DONE
 
 
 def _label_maps(path: str) -> list[Path]:

@@ -109,7 +109,7 @@ def summarise(comparison: Comparison, seed: int = 0) -> Summary:
         for name, values_PO in zip(names, values_MPO, strict=True):
             means = _with_mean(values_PO, weights_RP, shared)
             for organ, mean, samples, patients in zip(organs, *means, strict=True):
-                estimates[measure, name, organ] = Estimate(float(mean), *interval(samples), int(patients))
+                estimates[measure, name, organ] = Estimate(float(mean), *interval(samples, patients), int(patients))
         found = list(_pairs(measure, names, organs, values_MPO, weights_RP, shared))
         for table in ([pair for pair in found if pair.organ != MEAN], [pair for pair in found if pair.organ == MEAN]):
             adjusted = holm([pair.p for pair in table])
@@ -145,5 +145,5 @@ def _pairs(
         means = _with_mean(differences_PO, weights_RP, shared)
         for organ, mean, samples, patients, values in zip(organs, *means, tested, strict=True):
             p = paired_p(values)
-            low, high = interval(samples)
+            low, high = interval(samples, patients)
             yield Pair(measure, organ, names[a], names[b], float(mean), low, high, int(patients), p, p)

@@ -117,7 +117,7 @@ def pair_table(comparison: Comparison, summary: Summary) -> Table:
         if (pair.measure, pair.organ) != ("dice", MEAN):
             continue
         known = isfinite(pair.difference)
-        between = f"{pair.low:+.3f} to {pair.high:+.3f}" if known else ""
+        between = f"{pair.low:+.3f} to {pair.high:+.3f}" if isfinite(pair.low) else ""
         cells = [
             Cell(f"{comparison.short[pair.first]} − {comparison.short[pair.second]}"),
             Cell(f"{pair.difference:+.3f}" if known else "–", between),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medseg3d.errors import in_words
 from medseg3d.io import read_coco, read_label_image, sidecar_path
 from medseg3d.io.formats import split_name
 from medseg3d.metrics import CocoPrecision, CocoRules, ObjectCounts
@@ -22,41 +23,53 @@ COLUMNS = ("case", "predicted", "reference", "found", "false_alarms", "missed", 
 @dataclass(frozen=True)
 class ObjectEvaluation:
     """``rows``: a dictionary of ``COLUMNS`` for each picture. ``total``: the counts of all. ``precision``: the ranking
-    of all detections; None where no prediction has scores. ``unpaired``: files that were left out, and why."""
+    of all detections; None where no prediction has scores. ``unpaired``: files left out, and why. ``failures``:
+    pictures that could not be compared, and why."""
 
     rows: Sequence[dict[str, Any]]
     total: ObjectCounts
     precision: CocoPrecision | None
     unpaired: Sequence[tuple[Path, str]]
+    failures: Sequence[tuple[str, str]] = ()
 
 
 def evaluate_objects(predictions: Files, references: Files, threshold: float = 0.5) -> ObjectEvaluation:
     """Every label image against the reference of its picture, object by object and whatever their class.
 
     Files are paired by name as those of scans are, see :func:`medseg3d.report.evaluation.pair_cases`. Where a COCO file
-    `<stem>.json` lies beside a prediction, its objects are taken, with their scores.
+    `<stem>.json` lies beside a prediction, its objects are taken, with their scores. A picture that fails does not stop
+    the others.
 
     Args:
         threshold: intersection over union from which an object is found.
 
     Raises:
-        ValueError: nothing to compare, a file that is no label image, or two of different size.
+        ValueError, OSError: nothing to compare; or all pictures fail, such as files that are no label images, or two of
+            different size.
     """
     found = pair_cases(predictions, references, pictures=True)
     rows, total, ranked = [], ObjectCounts(), []
     rules = CocoRules(limits=(MANY_OBJECTS,))
+    errors: dict[str, Exception] = {}
     scored = False
     for case, (prediction, reference) in found.pairs.items():
-        predicted, expected = _predicted(prediction), Instances.from_label_map(read_label_image(reference))
-        if predicted.shape != expected.shape:
-            raise ValueError(f"{prediction} has {predicted.shape} pixels and {reference} {expected.shape}")
+        try:
+            predicted, expected = _predicted(prediction), Instances.from_label_map(read_label_image(reference))
+            if predicted.shape != expected.shape:
+                raise ValueError(f"{prediction} has {predicted.shape} pixels and {reference} {expected.shape}")
+        except (ValueError, OSError) as error:
+            errors[case] = error
+            continue
         counts = ObjectCounts.of(predicted, expected, threshold)
         scored = scored or bool((predicted.scores != 1).any())
         ranked.append(CocoPrecision.of(predicted, expected, rules=rules))
         rows.append({"case": case, "predicted": len(predicted), "reference": len(expected), **_record(counts)})
         total += counts
+    if errors and not rows:
+        raise next(iter(errors.values()))
     precision = CocoPrecision.joined(ranked, rules) if scored else None
-    return ObjectEvaluation(rows, total, precision, found.unpaired)
+    failures = [(case, in_words(error)) for case, error in errors.items()]
+    return ObjectEvaluation(rows, total, precision, found.unpaired, failures)
 
 
 def write_objects_csv(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -36,10 +36,13 @@ def mean_of_known(values: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
 
 
-def interval(samples: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The percentiles of bootstrap samples (R,) between which ``level`` of them lie; NaN where there are none."""
+def interval(samples: np.ndarray, patients: int, level: float = LEVEL) -> tuple[float, float]:
+    """The percentiles of bootstrap samples (R,) between which ``level`` of them lie.
+
+    NaN where there are none, and of a single patient, who tells nothing of others.
+    """
     known = samples[np.isfinite(samples)]
-    if not len(known):
+    if patients < 2 or not len(known):
         return np.nan, np.nan
     low, high = np.percentile(known, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)

@@ -71,13 +71,21 @@ def test_what_is_refused(folders, run, tmp_path):
     code, _, err = run("evaluate", "-p", predictions, "-r", references, "-m", "headneck_ct_unet")
     assert code == 2 and "leave --labels, -m and --manifest out" in err[0]
     write_label_image(predictions / "b_seg.png", squares((2, 2), shape=(9, 9)))
-    with pytest.raises(ValueError, match=r"\(9, 9\) pixels and .*\(30, 40\)"):
-        evaluate_objects(predictions, references)
     (predictions / "a_image_seg.labels.json").write_text("{}")
-    with pytest.raises(ValueError, match="are classes, not objects"):
+    with pytest.raises(ValueError, match="are classes, not objects"):  # the first of all
         evaluate_objects(predictions, references)
     with pytest.raises(ValueError, match="no prediction has the name"):
         evaluate_objects(predictions / "b_seg.png", [references / "a_labels.png", references / "c_labels.png"])
+
+
+def test_a_picture_that_fails_does_not_stop_the_others(folders, run):
+    predictions, references = folders
+    write_label_image(predictions / "b_seg.png", squares((2, 2), shape=(9, 9)))
+    result = evaluate_objects(predictions, references)
+    ((case, reason),) = result.failures
+    assert case == "b" and "(9, 9) pixels and " in reason and [row["case"] for row in result.rows] == ["a"]
+    code, out, err = run("evaluate", "-p", predictions, "-r", references)
+    assert code == 4 and out[0] == "pictures      1" and any(line.startswith("error: b: ") for line in err)
 
 
 def test_pictures_without_objects(tmp_path):

@@ -29,18 +29,19 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     """Of many normal values both agree; a bootstrap of patients is no narrower because they have many organs."""
     values_P1 = np.random.default_rng(0).normal(10, 2, (400, 1))
     samples = organ_means(values_P1, resampled_patients(400, rounds=4000))[:, 0]
-    low, high = interval(samples)
+    low, high = interval(samples, 400)
     half = 1.96 * values_P1.std() / 20
     assert low == pytest.approx(values_P1.mean() - half, abs=0.02)
     assert high == pytest.approx(values_P1.mean() + half, abs=0.02)
     twice = np.hstack([values_P1, values_P1])
     same = organ_means(twice, resampled_patients(400, rounds=4000)).mean(axis=1)
-    assert interval(same) == pytest.approx((low, high))
+    assert interval(same, 400) == pytest.approx((low, high))
 
 
 def test_the_interval_of_nothing_is_none():
-    assert np.isnan(interval(np.array([NAN, NAN]))).all()
-    assert interval(np.array([NAN, 2.0, 2.0])) == (2, 2)
+    assert np.isnan(interval(np.array([NAN, NAN]), 3)).all()
+    assert interval(np.array([NAN, 2.0, 2.0]), 2) == (2, 2)
+    assert np.isnan(interval(np.array([2.0, 2.0]), 1)).all()
 
 
 def test_p_of_pairs():

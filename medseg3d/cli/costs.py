@@ -235,10 +235,12 @@ def _of_scan(args: argparse.Namespace) -> tuple[dict[str, Any], Rows, list[str]]
     ]
     if not all(cost.own for cost in found):
         lines += ["", "* not the bundle's own: a network of the same arguments, in 2D for slices, with usual windows"]
-    if any(cost.of_noise for cost in found):
+    of_noise = any(cost.of_noise for cost in found)
+    if of_noise:
         lines += ["", "its work depends on what it sees: counted on random values"]
     lines += [f"{cost.strategy}: {cost.refusal}" for cost in found if cost.refusal]
-    return {"model": bundle.name, "size": args.size, "spacing": args.spacing, "strategies": rows}, rows, lines
+    report = {"model": bundle.name, "size": args.size, "spacing": args.spacing, "on_random_values": of_noise}
+    return {**report, "strategies": rows}, rows, lines
 
 
 # Formulas

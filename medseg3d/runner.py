@@ -101,6 +101,7 @@ class Runner:
         network = self.network
         # One by one, so that each still shows its last layer.
         self._precise = network.each(change) if isinstance(network, Ensemble) else change(network)
+        self._compiled = None  # what was made of the network in float32 is not it any more
 
     @property
     def reason(self) -> str:

@@ -131,6 +131,14 @@ def test_what_is_compiled_runs_in_the_precision_that_was_chosen(decisions, monke
     assert run(runner).dtype == run(runner).dtype == torch.bfloat16 and len(compiled) == 1
 
 
+def test_a_compiled_network_does_not_outlive_its_precision(decisions, monkeypatch):
+    """Float32 as long as the choice is not worth its time; what was compiled then is not what runs later."""
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    runner = Runner(network(), CPU, "auto", compile=True)
+    assert run(runner, example=None).dtype == torch.float32
+    assert run(runner).dtype == torch.bfloat16
+
+
 # Mirror images
 
 

@@ -151,6 +151,8 @@ class ToModelGridd(MapTransform, InvertibleTransform):
                 frame = self.grid.frame(array[0], image.affine.numpy())
             else:
                 _require_grid(key, _geometry(image), self.keys[0], frame.source)
+            if key in self.label_keys:
+                _require_label_numbers(key, array)
             moved = _move_labels(frame, array) if key in self.label_keys else frame.image(array)
             result = MetaTensor(torch.from_numpy(_own(moved)), meta=dict(image.meta))
             result.applied_operations = list(image.applied_operations)
@@ -179,14 +181,14 @@ class ToModelGridd(MapTransform, InvertibleTransform):
 
 
 class AxesLiked(MapTransform):
-    """Axes in the order and the directions of another image's, as two files of one scan may differ in them.
+    """Label maps with axes in the order and the directions of an image's, as two files of one case may differ in them.
 
     Args:
-        keys: what is turned; each (C, D, H, W) with an affine.
+        keys: label maps; each (C, D, H, W) with an affine.
         reference: the key of the image whose axes are taken.
 
     Raises:
-        ValueError: it lies on another grid than the reference even then.
+        ValueError: one lies on another grid than the reference even then, or holds fractions or numbers below 0.
     """
 
     def __init__(self, keys: KeysCollection, reference: str = "image", allow_missing_keys: bool = False) -> None:
@@ -198,6 +200,7 @@ class AxesLiked(MapTransform):
         wanted = _geometry(_as_meta_tensor(output[self.reference]))
         for key in self.key_iterator(output):
             given = _as_meta_tensor(output[key])
+            _require_label_numbers(key, given.numpy(force=True))
             turn = _geometry(given).reorient(wanted.orientation)
             _require_grid(key, turn.target, self.reference, wanted)
             turned = torch.from_numpy(_own(turn.image(given.detach().cpu().numpy())))
@@ -253,7 +256,20 @@ def applied_frame(image: MetaTensor) -> Frame:
     raise ValueError("the image carries no record of ToModelGridd: put it into the preprocessing")
 
 
+def _require_label_numbers(key: Hashable, array: np.ndarray) -> None:
+    """ValueError unless it holds whole numbers of 0 or more, be they stored as fractions."""
+    wrong = np.abs(array - np.rint(array)) > 1e-3 if array.dtype.kind == "f" else np.zeros(1, bool)
+    if wrong.any():
+        raise ValueError(
+            f"{key!r} is no label map, it holds fractions such as {array[wrong][0]:g}: a file with a scale factor, or "
+            "probabilities; write its whole numbers as an integer type without scaling"
+        )
+    if array.min(initial=0) < 0:
+        raise ValueError(f"{key!r} is no label map, it holds numbers below 0 such as {array.min():g}")
+
+
 def _move_labels(frame: Frame, array: np.ndarray) -> np.ndarray:
+    array = np.rint(array) if array.dtype.kind == "f" else array
     present = np.unique(array)
     numbers = np.concatenate([[0], present[present > 0]]).astype(np.int64)
     winners = labels_by_interpolation(frame, _Masks(array[0], numbers))

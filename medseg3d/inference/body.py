@@ -43,7 +43,8 @@ class BodyBox:
     Args:
         above: what separates body and air, in the units of the image that is given: -500 for HU.
         margin: voxels kept around, one number or one an axis.
-        thin: what is thinner than so many voxels, one number or one an axis, may be left out; 1 counts every voxel.
+        thin: what does not hold a block of so many voxels, one number or one an axis, may be left out; 1 counts every
+            voxel.
 
     Raises:
         ValueError: a margin below 0 or ``thin`` below 1.
@@ -63,15 +64,15 @@ class BodyBox:
         """The box of the body in a mask (*spatial) of what is above the value."""
         size = tuple(mask.shape)
         margin, thin = (_each(value, size) for value in (self.margin, self.thin))
-        blocks = _blocks(mask, thin).numpy(force=True)
-        pieces, count = ndimage.label(blocks, np.ones((3,) * mask.dim()))
+        counts = _counts(_thick(mask, thin), thin).numpy(force=True)  # blocks are few enough to be joined fast
+        pieces, count = ndimage.label(counts, np.ones((3,) * mask.dim()))
         if not count:
             return _whole(size)
-        sizes = np.bincount(pieces.ravel())[1:]
+        sizes = np.bincount(pieces.ravel(), counts.ravel())[1:]
         boxes = [ndimage.find_objects(pieces)[n] for n in np.flatnonzero(sizes >= _SHARE * sizes.max())]
         found = []
         for axis, (length, width, room) in enumerate(zip(size, thin, margin, strict=True)):
-            # Blocks that are not full may hold the surface: one on each side is added, unless each voxel is a block.
+            # What is around full blocks may hold the surface: one on each side is added, unless each voxel is a block.
             rim = room + (width if width > 1 else 0)
             start = min(box[axis].start for box in boxes) * width - rim
             stop = max(box[axis].stop for box in boxes) * width + rim
@@ -254,15 +255,30 @@ class _Switched(Head):
         return torch.where(features_FV[-1] > 0, self.outside_K.to(logits_KV)[:, None], logits_KV)
 
 
-def _blocks(mask: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-    """Which blocks of so many voxels are full; the last one along an axis may have fewer."""
+def _thick(mask: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """Where a full block of so many voxels begins; beyond the end of the mask all is full."""
+    for axis, width in enumerate(widths):
+        length = mask.shape[axis]
+        edge = [width - 1 if n == axis else size for n, size in enumerate(mask.shape)]
+        mask = torch.cat([mask, mask.new_ones(edge)], axis)
+        span = 1
+        while span < width:
+            step = min(span, width - span)
+            span += step
+            kept = length + width - span
+            mask = mask.narrow(axis, 0, kept) & mask.narrow(axis, step, kept)
+    return mask
+
+
+def _counts(mask: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """How many voxels of a mask are in each block; the last block along an axis may be smaller."""
+    counts = mask
     for axis, width in enumerate(widths):
         lacking = -mask.shape[axis] % width
-        if lacking:
-            added = [lacking if n == axis else length for n, length in enumerate(mask.shape)]
-            mask = torch.cat([mask, mask.new_ones(added)], axis)
-        mask = mask.unflatten(axis, (-1, width)).all(dim=axis + 1)
-    return mask
+        added = [lacking if n == axis else length for n, length in enumerate(counts.shape)]
+        counts = torch.cat([counts, counts.new_zeros(added)], axis).unflatten(axis, (-1, width))
+        counts = counts.sum(dim=axis + 1, dtype=torch.int32)
+    return counts
 
 
 def _each(value: int | Sequence[int], size: Sequence[int]) -> tuple[int, ...]:

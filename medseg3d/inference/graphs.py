@@ -63,7 +63,7 @@ class Replayed:
         self.record = CudaRecording if record is None else record
         self.device_type = device_type
         self.failure = ""
-        self._wanted = calls >= WORTH_FROM and can_record(made_of or network)
+        self._wanted = calls >= WORTH_FROM and can_record(network if made_of is None else made_of)
         self._seen: Counter[Key] = Counter()
         self._recordings: dict[Key, Callable] = {}
 

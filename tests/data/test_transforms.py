@@ -230,6 +230,20 @@ class TestToModelGrid:
         back = Invertd("pred", transform, orig_keys="image")(moved)["pred"]
         assert back.shape == data["image"].shape and (back == 1).all()
 
+    @pytest.mark.parametrize(("number", "message"), [(0.996, "fractions such as 0.996"), (-1, "below 0 such as -1")])
+    def test_what_is_no_label_map_is_refused(self, number, message):
+        """Such as a file that was written with a scale factor: its labels would be lost."""
+        data = self.data()
+        data["label"] = tensor(np.where(blobs(self.shape, (1, 2)) == 1, number, 0).astype(np.float32), oblique())
+        data["image"] = tensor(smooth(self.shape), oblique())
+        with pytest.raises(ValueError, match=f"'label' is no label map, it holds .*{message}"):
+            ToModelGridd(("image", "label"), "label")(data)
+        with pytest.raises(ValueError, match=message):
+            AxesLiked("label")(data)
+        data["label"] = tensor(blobs(self.shape, (1, 2)) + np.float32(1e-5), oblique())
+        moved = ToModelGridd(("image", "label"), "label", spacing=(2, 2, 2))(data)
+        assert set(moved["label"].unique().tolist()) == {0, 1, 2}
+
     def test_another_grid_is_refused(self):
         data = self.data()
         data["label"].affine[0, 3] += 5

@@ -75,8 +75,20 @@ def test_a_table_is_left_out_and_a_second_leg_is_not():
     image = scan((60, 50, 40), *legs, table, tube)[0]
     assert BodyBox(-500, margin=0, thin=1)(image) == box_of((0, 60), (2, 42), (0, 40))
     found = BodyBox(-500, margin=0, thin=3)(image)
-    assert [(part.start, part.stop) for part in found[1:]] == [(18, 36), (0, 40)]
-    assert found[0].start in range(6, 11) and found[0].stop in range(50, 55)
+    assert found[0].start in range(4, 11) and found[0].stop in range(50, 57)
+    assert found[1].start in range(14, 21) and found[1].stop in range(34, 41)
+    assert (found[2].start, found[2].stop) == (0, 40)
+
+
+@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("column", range(3))
+@pytest.mark.parametrize("width", [3, 4, 5])
+def test_a_limb_that_is_not_thin_is_kept_wherever_it_lies(row, column, width):
+    """Joined to a body a hundred times as large; the narrowest that counts, at any place of the grid."""
+    body = box_of((10, 50), (10, 50), (20, 60))
+    limb = box_of((30 + row, 30 + row + width), (30 + column, 30 + column + width), (0, 20))
+    found = BodyBox(-500, margin=0, thin=3)(scan((60, 60, 60), body, limb)[0])
+    assert found[2].start == 0
 
 
 @pytest.mark.parametrize("image", [scan((9, 8, 7)), scan((9, 8, 7), box_of((3, 4), (3, 4), (3, 4))), scan((40, 3))])

@@ -365,3 +365,10 @@ def test_a_network_that_waits_for_a_value_runs_without_a_graph():
     assert both.failure.startswith("it cannot be recorded")
     assert torch.cuda.current_stream() == stream
     assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+def test_a_compiled_network_has_no_truth_value():
+    """It has no len(), so that `compiled or other` would raise."""
+    compiled = torch.compile(Counted(), backend="eager")
+    window = torch.rand(1, 1, 4, 4, 4)
+    assert torch.equal(Replayed(lambda x: x + 1, WORTH_FROM, made_of=compiled)(window), window + 1)

@@ -25,6 +25,7 @@ from medseg3d.inference.memory import keep_freed_memory
 from medseg3d.inference.strategy import Strategy, plain
 from medseg3d.io import RASTER_SUFFIXES, LabelTable, read_image
 from medseg3d.io.formats import split_name
+from medseg3d.io.raster import pixels_of
 from medseg3d.io.results import Result, write_named_result, write_result_json
 from medseg3d.recipe import as_strategy
 from medseg3d.report.overlay import plot
@@ -200,7 +201,10 @@ class PictureSegmenter:
                     f"{path} is no picture, and {self.name} segments pictures ({', '.join(RASTER_SUFFIXES)}); a scan "
                     "takes another model"
                 )
-            pixels = np.asarray(image) if path is None else read_image(path)
+            if path is not None:
+                pixels = read_image(path)
+            else:  # the palette or transparency of a Pillow image is resolved as that of a file is
+                pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
             _check(pixels, str(path or "the picture"))
         return Picture(pixels, path, dict(stopwatch.seconds))
 

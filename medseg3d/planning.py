@@ -118,7 +118,10 @@ def make_plan(
         OverMemoryLimit: the last plan does not fit.
     """
     if isinstance(network, torch.nn.ModuleDict | torch.nn.ModuleList):
-        raise ValueError("a plan, and so a memory limit, is for one network, but the bundle has several: leave it out")
+        raise ValueError(
+            "a plan, and so a memory limit, is for one network, but the bundle has several, or mirror makes one of "
+            "each axis of slices: leave the plan and the limits out, or mirror"
+        )
     costs: dict[int, WindowCost] = {}
     held = beside + current_memory()  # before windows are tried, whose memory the process may keep
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +14,13 @@ from medseg3d.inference.ensemble import merge_label_maps
 from medseg3d.segmentation import Scan, Segmentation
 from medseg3d.segmenter import Segmenter
 
+if TYPE_CHECKING:
+    from medseg3d.batch import CaseResult
+
 
 class SeveralModels:
-    """Models that segment a scan one after another, with the methods of one :class:`medseg3d.segmenter.Segmenter`.
+    """Models that segment a scan one after another, with ``predict``, ``predict_many``, ``read`` and ``segment`` of one
+    :class:`medseg3d.segmenter.Segmenter`.
 
     Where two models name a voxel, the earlier one has it. A label keeps its number unless an earlier model has it.
     Beside the scan and one model's work, a label map for each model is held.
@@ -77,6 +82,14 @@ class SeveralModels:
         merged, _ = merge_label_maps(label_maps, [model.table for model in self.models], self.unite)
         stages = {**scan.seconds, **seconds}
         return Segmentation(scan.volume.with_array(merged), scan.volume, self.table, self.name, tuple(warnings), stages)
+
+    def predict_many(
+        self, inputs: Sequence[str | Path] | str | Path, output_dir: str | Path, resume: bool = False, **options: Any
+    ) -> Iterator[CaseResult]:
+        """Segment every scan among ``inputs`` and write the results; see :func:`medseg3d.batch.predict_many`."""
+        from medseg3d.batch import predict_many
+
+        return predict_many(self, inputs, output_dir, resume=resume, **options)
 
     def describe_device(self) -> str:
         """Where the networks run, for reports."""

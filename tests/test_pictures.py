@@ -124,6 +124,14 @@ def test_files_of_any_kind(name, write, picture_models, tmp_path):
     np.testing.assert_array_equal(found.label_map(), tiny.numbered())
 
 
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1"])
+def test_pillow_images_are_what_their_files_are(mode, picture_models, file, tmp_path):
+    image = Image.open(file).convert("RGB").quantize(8) if mode == "P" else Image.open(file).convert(mode)
+    image.save(tmp_path / "saved.png")
+    seen = [picture_models.semantic.read(one).pixels for one in (image, tmp_path / "saved.png")]
+    np.testing.assert_array_equal(*seen)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 60), (5, 3), (25, 24)])
 def test_pictures_smaller_than_a_window(shape, picture_models):
     image = np.zeros(shape, np.uint8)

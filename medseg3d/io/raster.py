@@ -34,6 +34,19 @@ def read_image(path: str | Path) -> np.ndarray:
     return _pixels(path, *_decoded(path))
 
 
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image as :func:`read_image` has them."""
+    if picture.mode == "1":
+        return np.array(picture).astype(np.uint8) * 255
+    if picture.mode == "LA":
+        return np.array(picture.getchannel(0))
+    if picture.mode in ("L", "F") or picture.mode.startswith("I"):
+        pixels = np.array(picture)
+        of_16_bits = picture.mode != "I" or (pixels.min(initial=0) >= 0 and pixels.max(initial=0) <= _MOST_16)
+        return pixels.astype(np.uint16) if picture.mode.startswith("I") and of_16_bits else pixels
+    return np.array(picture.convert("RGB"))
+
+
 def read_label_image(path: str | Path) -> np.ndarray:
     """The number of each pixel, (rows, columns), unsigned or int32: the value of a grey picture of any depth, the place
     in the palette, or 0 and 1. A picture in colours is read if all of them are grey.
@@ -127,15 +140,7 @@ def _decoded(path: str | Path) -> tuple[Image.Image, str]:
 def _pixels(path: str | Path, picture: Image.Image, layout: str) -> np.ndarray:
     if layout.startswith(("RGB", "LA")) and ";16" in layout:  # of which Pillow would keep the upper 8 bits
         return _deep_colors(path)
-    if picture.mode == "1":
-        return np.array(picture).astype(np.uint8) * 255
-    if picture.mode == "LA":
-        return np.array(picture.getchannel(0))
-    if picture.mode in ("L", "F") or picture.mode.startswith("I"):
-        pixels = np.array(picture)
-        of_16_bits = picture.mode != "I" or (pixels.min(initial=0) >= 0 and pixels.max(initial=0) <= _MOST_16)
-        return pixels.astype(np.uint16) if picture.mode.startswith("I") and of_16_bits else pixels
-    return np.array(picture.convert("RGB"))
+    return pixels_of(picture)
 
 
 def _deep_colors(path: str | Path) -> np.ndarray:

@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from medseg3d.training.checkpoint import unwrapped
+from medseg3d.training.guard import GuardEvents
 
 
 class AveragedWeights:
@@ -18,7 +19,8 @@ class AveragedWeights:
 
     After n steps the next one's weights get the share ``1 - min(decay, n / (n + 9))``: the average starts with the
     weights of the first step and forgets a random beginning soon, so that one decay suits short and long runs. Buffers,
-    such as statistics of batch norm, are copied.
+    such as statistics of batch norm, are copied. Where :class:`~medseg3d.training.Guarded` goes back to earlier
+    weights, the average begins anew: what led astray is in it.
 
     Args:
         network: what is trained, with or without ``DistributedDataParallel``; each process averages for itself, which
@@ -39,6 +41,12 @@ class AveragedWeights:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+        engine.register_events(*GuardEvents)
+        engine.add_event_handler(GuardEvents.WENT_BACK, self.begin_anew)
+
+    def begin_anew(self) -> None:
+        """The next weights stand for all so far."""
+        self.steps = 0
 
     @torch.no_grad()
     def update(self) -> None:

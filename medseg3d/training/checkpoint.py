@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import textwrap
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class ResumeFromLast:
     the trainer holds them. A file takes the place of the last one only when it is whole. With several processes each
     loads it and the first one writes it; parameters keep the names that they have without ``DistributedDataParallel``,
     so a run may go on with another number of processes. It may also go on to more epochs, unless it had ended and its
-    learning rate is 0: then, and where the file is damaged or another train.json's, the handler raises ValueError.
+    learning rate is 0, or its schedule has a length of its own (``OneCycleLR``): then, and where the file is damaged or
+    another train.json's, the handler raises ValueError. The learning rate stays what it was.
 
     Args:
         path: the checkpoint file; a run starts afresh where it does not exist.
@@ -108,21 +110,43 @@ class ResumeFromLast:
                 f"{self.path} has no {', '.join(missing)}: another train.json wrote it, so its run cannot go on with "
                 "this one; choose another output folder"
             )
+        for name, target in self.save_dict.items():
+            ends, ended = getattr(target, "total_steps", None), checkpoint[name].get("total_steps")
+            if ends is not None and ends != ended:  # such as OneCycleLR
+                raise ValueError(
+                    f"the learning rate of the run in {self.path} ends after {ended} steps, so it cannot go on to "
+                    f"{ends}: give the number of epochs it had, or choose another output folder"
+                )
         steps = engine.state.epoch_length or 0
         if checkpoint["iteration"] != checkpoint["epoch"] * steps:
             raise ValueError(
                 f"the run in {self.path} had {checkpoint['iteration'] // max(checkpoint['epoch'], 1)} iterations an "
                 f"epoch, so it cannot go on with {steps}: give the number it had, or choose another output folder"
             )
+        asked = self._rates()
         for name, target in self.save_dict.items():
             state = checkpoint[name]
             if hasattr(target, "total_iters"):  # a schedule of the learning rate now ends where this run shall end
                 state = {**state, "total_iters": target.total_iters}
-            unwrapped(target).load_state_dict(state)
+            try:
+                unwrapped(target).load_state_dict(state)
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+                raise ValueError(
+                    f"{name} in {self.path} does not fit: another train.json wrote it, so its run cannot go on with "
+                    f"this one; choose another output folder ({reason})"
+                ) from error
+        if asked != self._rates():
+            logger.warning("the run goes on with its own learning rate, %s, not with %s", self._rates(), asked)
         engine.state.epoch = checkpoint["epoch"]
         engine.state.iteration = checkpoint["iteration"]
         self._check_rate(engine)
         logger.info("resumed from %s after epoch %d", self.path, engine.state.epoch)
+
+    def _rates(self) -> list[float]:
+        """The learning rates that schedules start from."""
+        groups = (group for target in self.save_dict.values() for group in getattr(target, "param_groups", ()))
+        return [group.get("initial_lr", group["lr"]) for group in groups]
 
     def _check_rate(self, engine: Engine) -> None:
         rates = [group["lr"] for target in self.save_dict.values() for group in getattr(target, "param_groups", ())]

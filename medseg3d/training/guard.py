@@ -7,9 +7,17 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
+from ignite.engine import Engine, EventEnum
+
 from medseg3d.training.iterations import Diverged
 
 logger = logging.getLogger(__name__)
+
+
+class GuardEvents(EventEnum):
+    """Fired by :class:`Guarded` at the engine, if it is one of ignite's."""
+
+    WENT_BACK = "went_back"  # earlier weights are in force again
 
 
 class Guarded:
@@ -65,6 +73,9 @@ class Guarded:
             group["lr"] = rate
             if "initial_lr" in group:
                 group["initial_lr"] *= self.factor
+        if isinstance(engine, Engine):
+            engine.register_events(*GuardEvents)
+            engine.fire_event(GuardEvents.WENT_BACK)
         logger.warning(
             "%s; back to the weights of iteration %d, the learning rate is multiplied by %g",
             *(error.event, good["iteration"], self.factor),

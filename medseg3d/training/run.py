@@ -15,6 +15,7 @@ from typing import Any
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medseg3d.inference.device import resolve_device
+from medseg3d.io import write_text
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # id of a train.json -> module and extra that it needs
 
@@ -64,7 +65,8 @@ def train_bundle(
     Raises:
         FileNotFoundError: the bundle has no train.json, or the dataset folder lacks a file that the manifest names.
         ModuleNotFoundError: an extra is not installed; the message names the command.
-        ValueError: a setting that the train.json does not have, or a value of another kind than it has there.
+        ValueError: a setting that the train.json does not have, a value of another kind than it has there, or a run to
+            be resumed that was on other cases.
     """
     settings = dict(settings or {})
     _require_modules(settings)
@@ -98,6 +100,7 @@ def train_bundle(
 
         evaluator = workflow.parser.get_parsed_content("validate::evaluator")
         Progress(evaluator).attach(workflow.parser.get_parsed_content("train::trainer"))
+    _require_same_data(Path(output_dir), workflow.parser)
     with logging_redirect_tqdm():  # lines of the log go above the bar
         workflow.run()
     workflow.finalize()
@@ -135,6 +138,24 @@ def _require_ids(configs: list[str], settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name in parser:
             _require_kind(name, value, parser[name])
+
+
+def _require_same_data(folder: Path, parser: ConfigParser) -> None:
+    """Note what a run is trained on; ValueError where the one to be resumed was trained on other cases."""
+    file = folder / "trained_on.json"
+    data = {name: parser.get(name) for name in ("manifest", "fold", "cases") if name in parser}
+    if file.is_file() and Path(parser.get_parsed_content("resume_path")).is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name in data if name in before and before[name] != data[name]]
+        if other:
+            had = " and ".join(f"{name} {before[name]}" for name in other)
+            got = " and ".join(f"{name} {data[name]}" for name in other)
+            raise ValueError(
+                f"the run in {folder} had {had}, so it cannot go on with {got}, or it would be validated on cases that "
+                "it has learnt: choose another output folder"
+            )
+    if os.environ.get("RANK", "0") == "0":
+        write_text(file, json.dumps(data, indent=2) + "\n")
 
 
 def _is_argument(name: str, parser: ConfigParser) -> bool:

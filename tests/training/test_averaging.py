@@ -8,6 +8,7 @@ from ignite.engine import Engine
 from torch import nn
 
 from medseg3d.training import AveragedWeights
+from medseg3d.training.guard import GuardEvents
 
 
 def averaged(weights, decay):
@@ -48,6 +49,21 @@ def test_a_resumed_average_goes_on():
     nn.init.constant_(fresh._trained.weight, 2.0)
     fresh.update()
     assert torch.equal(fresh.network.weight, whole.network.weight)
+
+
+def test_it_begins_anew_where_the_guard_goes_back():
+    network = nn.Linear(1, 1, bias=False)
+    ema, values = AveragedWeights(network, 0.9), iter([5.0, 1e6, 2.0, 3.0])
+
+    def step(engine, batch):
+        nn.init.constant_(network.weight, next(values))
+        if engine.state.iteration == 3:
+            engine.fire_event(GuardEvents.WENT_BACK)
+
+    engine = Engine(step)
+    ema.attach(engine)
+    engine.run(range(4), max_epochs=1)
+    assert ema.network.weight.item() == pytest.approx(0.1 * 2 + 0.9 * 3)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

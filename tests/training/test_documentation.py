@@ -21,7 +21,9 @@ PAGE = (ROOT / "docs" / "training.md").read_text()
 BLOCKS = {
     language: re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL) for language in ("sh", "json", "python")
 }
-COMMANDS = [line for block in BLOCKS["sh"] for line in block.splitlines()]
+LINES = [line for block in BLOCKS["sh"] for line in block.splitlines()]
+SCRIPTS = [line for line in LINES if line.startswith("python scripts/")]
+COMMANDS = [line for line in LINES if line not in SCRIPTS]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,11 @@ def test_commands_are_understood(command, train_json):
     assert arguments.function.__name__ == words[0]
     if words[0] == "train":
         assert [name for name, _ in arguments.set if name not in train_json] == []
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_scripts_are_there(command):
+    assert (ROOT / command.split()[1]).is_file()
 
 
 def test_every_flag_and_id_is_there(train_json):

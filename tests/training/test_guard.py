@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
 from medseg3d.training import Diverged, Guarded, SegmentationIteration, WarmupCosine
+from medseg3d.training.guard import GuardEvents
 
 
 class Run:
@@ -77,6 +79,20 @@ def test_it_goes_back_once_with_a_lower_rate_and_tries_the_batch_again(caplog):
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * usual.optimizer.param_groups[0]["lr"])
     (message,) = caplog.messages
     assert "the loss became nan at iteration 6 (patient6, other)" in message and "weights of iteration 3" in message
+
+
+def test_it_tells_the_engine():
+    run, told = Run(bad=[3]), []
+    engine = Engine(lambda *_: None)
+    for name in ("network", "optimizer", "inferer", "loss_function"):
+        setattr(engine, name, getattr(run.engine, name))
+    engine.state.device = "cpu"
+    engine.register_events(*GuardEvents)
+    engine.add_event_handler(GuardEvents.WENT_BACK, lambda: told.append(run.engine.state.iteration))
+    step = run.step
+    run.step = lambda _, batch: (setattr(engine.state, "iteration", run.engine.state.iteration), step(engine, batch))[1]
+    run(5)
+    assert told == [3]
 
 
 def test_the_second_failure_names_its_cases_and_the_first():

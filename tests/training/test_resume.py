@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine, Events, State
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
 from torch.utils.data import DataLoader
 
 from medseg3d.training import BestWeights, ResumeFromLast
@@ -81,6 +81,41 @@ def test_a_run_of_another_config_is_told_so(tmp_path):
     resume = ResumeFromLast(tmp_path / "last.pt", {"model": nn.Linear(2, 1), "ema": nn.Linear(2, 1)})
     with pytest.raises(ValueError, match=r"last.pt has no ema: another train.json wrote it"):
         resume.load(Engine(lambda engine, batch: None))
+
+
+def test_weights_of_another_network_are_told(tmp_path):
+    Training(tmp_path, [0, 0], epochs=4).run(2)
+    resume, engine = (
+        ResumeFromLast(tmp_path / "last.pt", {"model": nn.Linear(3, 1)}),
+        Engine(lambda engine, batch: None),
+    )
+    engine.state.epoch_length = 1
+    with pytest.raises(ValueError, match=r"model in .*last.pt does not fit: another train.json.*size mismatch"):
+        resume.load(engine)
+
+
+def test_a_schedule_of_its_own_length_is_not_prolonged(tmp_path):
+    """It would end the run with an error in the middle of it."""
+
+    def schedule(steps):
+        return OneCycleLR(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=1.0), 0.1, total_steps=steps)
+
+    engine = Engine(lambda engine, batch: None)
+    ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(10)}).save(engine)
+    ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(10)}).load(engine)
+    with pytest.raises(ValueError, match="ends after 10 steps, so it cannot go on to 15: give the number of epochs"):
+        ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(15)}).load(engine)
+
+
+def test_another_learning_rate_is_told_to_be_without_effect(tmp_path, caplog):
+    Training(tmp_path, [0, 0], epochs=9).run(2)
+    same, other = Training(tmp_path, [0], epochs=9), Training(tmp_path, [0], epochs=9)
+    for group in other.optimizer.param_groups:
+        group["initial_lr"] = 0.25
+    for training, told in ((same, 0), (other, 1)):
+        with caplog.at_level("WARNING", "medseg3d.training.checkpoint"):
+            training.run(3)
+        assert sum("with its own learning rate, [1.0], not with [0.25]" in one for one in caplog.messages) == told
 
 
 def test_another_number_of_iterations_is_told(tmp_path):

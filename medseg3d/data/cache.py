@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import pickle
+import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib.metadata import version
@@ -32,9 +34,10 @@ class CachedCases(Dataset[dict[Hashable, Any]]):
 
     What they give is kept in memory until ``memory`` of what was free is taken, on the device on which they leave it;
     the processes of one machine share it out. With a ``folder`` it is written there too: cases that found no room are
-    read from it, and so are all of them in the next run, unless the case, a file of it, a transform or the version of
-    medseg3d or MONAI changed. Files hold plain tensors, numbers and text (``weights_only=True``); a case with anything
-    else, a ``MetaTensor`` for instance, is not written. The folder can be deleted at any time.
+    read from it, and so are all of them in the next run, unless the case, a file of it, a transform (its arguments and,
+    if it is one's own, its module's code) or the version of medseg3d or MONAI changed. Files hold plain tensors,
+    numbers and text (``weights_only=True``); a case with anything else, a ``MetaTensor`` for instance, is not written.
+    The folder can be deleted at any time.
 
     Args:
         data: a dictionary for each case.
@@ -112,8 +115,19 @@ class CachedCases(Dataset[dict[Hashable, Any]]):
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             logger.warning(f"prepared cases are not kept in {folder}, since a transform cannot be pickled: {error}")
             return [None] * len(self.data)
-        made_by = (recipe, __version__, version("monai"))
+        made_by = (recipe, _sources(self.transform.transforms[: self._fixed]), __version__, version("monai"))
         return [folder / f"{pickle_hashing((made_by, case, _states(case))).decode()}.pt" for case in self.data]
+
+
+def _sources(transforms: Iterable[Any]) -> list[str]:
+    """The code of the transforms that belong to neither medseg3d nor MONAI, whose versions tell theirs."""
+    names = sorted({type(transform).__module__ for transform in transforms})
+    found = []
+    for name in names:
+        if name.partition(".")[0] not in ("medseg3d", "monai"):
+            with contextlib.suppress(OSError, TypeError, KeyError):  # typed in by hand, perhaps
+                found.append(inspect.getsource(sys.modules[name]))
+    return found
 
 
 class _Room:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import linecache
 import logging
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -204,3 +207,21 @@ def test_a_full_disk_stops_no_training(cases, tmp_path, monkeypatch, caplog):
 def test_a_share_is_between_nothing_and_all(share, cases):
     with pytest.raises(ValueError, match=f"0 to 1, got {share}"):
         CachedCases(cases, only(Read("image")), memory=share)
+
+
+def test_the_code_of_ones_own_transform_may_change(cases, tmp_path, monkeypatch):
+    file = tmp_path / "own_transforms.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for factor in (2, 5):
+        file.write_text(
+            "from monai.transforms import MapTransform\n"
+            "class Times(MapTransform):\n"
+            f"    def __call__(self, data):\n        return {{**data, 'image': data['image'] * {factor}}}\n"
+        )
+        sys.modules.pop("own_transforms", None)
+        linecache.clearcache()
+        own = importlib.import_module("own_transforms").Times("image")
+        dataset = CachedCases(cases, only(Read("image"), own), tmp_path / "cache")
+        assert values(dataset) == [[0], [factor], [2 * factor], [3 * factor]]
+    sys.modules.pop("own_transforms")

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -238,19 +238,20 @@ def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Ge
 
 def _write_tables(plan: OutputPlan, ledger: Ledger) -> None:
     """What is in one file for all finished cases of a folder, those of earlier runs too."""
-    made: dict[str, dict[str, Path]] = {"statistics": {}, "json": {}}
+    figures, documents = {}, []
     for name, kinds in sorted(ledger.finished_cases.items()):
-        files = plan.files_of(name)
-        for kind in made.keys() & kinds & files.keys():
-            if files[kind].is_file():
-                made[kind][name] = files[kind]
-    if made["statistics"]:
-        figures = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in made["statistics"].items()}
+        files = {kind: path for kind, path in plan.files_of(name).items() if kind in kinds and path.is_file()}
+        if "statistics" in files:
+            with suppress(ValueError):  # somebody else's file of that name
+                figures[name] = json.loads(files["statistics"].read_text(encoding="utf-8"))
+        if "json" in files and ledger.is_of_this_model(name):  # others may have other classes
+            documents.append(files["json"])
+    if figures:
         plan.write_table(plan.folder / "statistics.csv", figures)
-    if made["json"]:
+    if documents:
         from medseg3d.io.results import join_results
 
-        join_results(plan.folder / f"{plan.pictures}.json", made["json"].values())
+        join_results(plan.folder / f"{plan.pictures}.json", documents)
 
 
 def _write_failures(path: Path, failures: list[dict[str, Any]], tried: Collection[str], ledger: Ledger) -> None:
@@ -259,9 +260,10 @@ def _write_failures(path: Path, failures: list[dict[str, Any]], tried: Collectio
         with path.open(newline="", encoding="utf-8") as file:
             earlier = [row for row in csv.DictReader(file) if row.get("case") not in {*tried, *ledger.finished_cases}]
         failures = [{name: row.get(name) for name in _FAILURE} for row in earlier] + failures
-    path.unlink(missing_ok=True)
     if failures:
         write_csv(path, failures, _FAILURE)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _one_by_one(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, None, None]:

@@ -328,6 +328,19 @@ def test_a_folder(picture_bundles, run, folder, tmp_path):
     assert ids == list(range(1, 7))
 
 
+def test_the_objects_of_a_folder_are_those_of_all_runs_of_a_model(picture_models, tmp_path):
+    for name in "ab":
+        tiny.write_picture(tmp_path / f"{name}.png")
+        (result,) = picture_models.detector.predict_many(tmp_path / f"{name}.png", tmp_path / "out")
+        assert result.error is None
+    files = [image.file_name for image in read_coco(tmp_path / "out" / "instances.json").images.values()]
+    assert files == ["a.png", "b.png"]
+    tiny.write_picture(tmp_path / "c.png")
+    list(picture_models.instances.predict_many(tmp_path / "c.png", tmp_path / "out"))  # it has other classes
+    (image,) = read_coco(tmp_path / "out" / "instances.json").images.values()
+    assert image.file_name == "c.png"
+
+
 def test_resume(picture_bundles, run, folder, tmp_path):
     out = tmp_path / "out"
     arguments = ("predict", "-i", folder, "-o", out, "-m", picture_bundles.panoptic, "--trust", "-d", "cpu", "--resume")

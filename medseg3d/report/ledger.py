@@ -34,6 +34,10 @@ class Ledger:
         """Case -> kinds of the files that were written for it, with whatever settings."""
         return {name: set(entry.get("files", ())) for name, entry in self.entries.items() if isinstance(entry, dict)}
 
+    def is_of_this_model(self, name: str) -> bool:
+        """Whether a finished case was made by the model, and with the settings, of this run."""
+        return {key: self.entries[name].get(key) for key in self.settings} == self.settings
+
     def finished(self, case: Case, files: dict[str, Path]) -> bool:
         """Whether the ``files`` of a case (kind -> path) are there and this run would make the same."""
         if not all(path.is_file() for path in files.values()):

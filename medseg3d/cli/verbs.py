@@ -72,7 +72,7 @@ def _contoured(manifest: str) -> dict[str, list[int]]:
 
 
 def _are_pictures(path: str) -> bool:
-    from medseg3d.report.evaluation import is_label_image
+    from medseg3d.report.pairing import is_label_image
 
     target = Path(path)
     files = sorted(target.iterdir()) if target.is_dir() else [target]

@@ -13,7 +13,7 @@ from medseg3d.io import read_coco, read_label_image, sidecar_path
 from medseg3d.io.formats import split_name
 from medseg3d.metrics import CocoPrecision, CocoRules, ObjectCounts
 from medseg3d.metrics.average_precision import MANY_OBJECTS
-from medseg3d.report.evaluation import Files, pair_cases
+from medseg3d.report.pairing import Files, pair_cases
 from medseg3d.report.records import write_csv
 from medseg3d.tasks import Instances
 
@@ -36,7 +36,7 @@ class ObjectEvaluation:
 def evaluate_objects(predictions: Files, references: Files, threshold: float = 0.5) -> ObjectEvaluation:
     """Every label image against the reference of its picture, object by object and whatever their class.
 
-    Files are paired by name as those of scans are, see :func:`medseg3d.report.evaluation.pair_cases`. Where a COCO file
+    Files are paired by name as those of scans are, see :func:`medseg3d.report.pairing.pair_cases`. Where a COCO file
     `<stem>.json` lies beside a prediction, its objects are taken, with their scores. A picture that fails does not stop
     the others.
 

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 
 from medseg3d.io import write_label_map
-from medseg3d.report.evaluation import (
-    case_name,
-    evaluate_folders,
-    pair_cases,
-    summarise,
-    summary_table,
-    write_evaluation_csv,
-)
+from medseg3d.report.evaluation import evaluate_folders, summarise, summary_table, write_evaluation_csv
+from medseg3d.report.pairing import case_name, pair_cases
 from medseg3d.volume import Volume
 
 LABELS = {1: "brainstem", 2: "larynx"}

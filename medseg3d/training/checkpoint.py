@@ -21,6 +21,8 @@ from medseg3d.io import write_atomic
 
 logger = logging.getLogger(__name__)
 
+_ENDS = ("total_iters", "total_steps", "_schedule_phases")  # of schedules: the last two are OneCycleLR's
+
 
 class BestWeights:
     """Handler of an evaluator that keeps the weights with the best key metric, in the format of ``models/model.pt``.
@@ -67,8 +69,8 @@ class ResumeFromLast:
     the trainer holds them. A file takes the place of the last one only when it is whole. With several processes each
     loads it and the first one writes it; parameters keep the names that they have without ``DistributedDataParallel``,
     so a run may go on with another number of processes. It may also go on to more epochs, unless it had ended and its
-    learning rate is 0, or its schedule has a length of its own (``OneCycleLR``): then, and where the file is damaged or
-    another train.json's, the handler raises ValueError. The learning rate stays what it was.
+    learning rate is 0: then, and where the file is damaged or another train.json's, the handler raises ValueError. The
+    highest learning rate stays what it was.
 
     Args:
         path: the checkpoint file; a run starts afresh where it does not exist.
@@ -110,13 +112,6 @@ class ResumeFromLast:
                 f"{self.path} has no {', '.join(missing)}: another train.json wrote it, so its run cannot go on with "
                 "this one; choose another output folder"
             )
-        for name, target in self.save_dict.items():
-            ends, ended = getattr(target, "total_steps", None), checkpoint[name].get("total_steps")
-            if ends is not None and ends != ended:  # such as OneCycleLR
-                raise ValueError(
-                    f"the learning rate of the run in {self.path} ends after {ended} steps, so it cannot go on to "
-                    f"{ends}: give the number of epochs it had, or choose another output folder"
-                )
         steps = engine.state.epoch_length or 0
         if checkpoint["iteration"] != checkpoint["epoch"] * steps:
             raise ValueError(
@@ -126,8 +121,9 @@ class ResumeFromLast:
         asked = self._rates()
         for name, target in self.save_dict.items():
             state = checkpoint[name]
-            if hasattr(target, "total_iters"):  # a schedule of the learning rate now ends where this run shall end
-                state = {**state, "total_iters": target.total_iters}
+            ends = {end: getattr(target, end) for end in _ENDS if hasattr(target, end)}
+            if ends:  # a schedule of the learning rate now ends where this run shall end
+                state = {**state, **ends}
             try:
                 unwrapped(target).load_state_dict(state)
             except (RuntimeError, ValueError, KeyError) as error:

@@ -94,17 +94,23 @@ def test_weights_of_another_network_are_told(tmp_path):
         resume.load(engine)
 
 
-def test_a_schedule_of_its_own_length_is_not_prolonged(tmp_path):
-    """It would end the run with an error in the middle of it."""
+def test_one_cycle_may_be_prolonged(tmp_path):
+    """From the rate that a run of that length has at this step."""
 
-    def schedule(steps):
-        return OneCycleLR(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=1.0), 0.1, total_steps=steps)
+    def schedule(steps, taken):
+        made = OneCycleLR(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=1.0), 0.1, total_steps=steps)
+        for _ in range(taken):
+            made.step()
+        return made
 
     engine = Engine(lambda engine, batch: None)
-    ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(10)}).save(engine)
-    ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(10)}).load(engine)
-    with pytest.raises(ValueError, match="ends after 10 steps, so it cannot go on to 15: give the number of epochs"):
-        ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(15)}).load(engine)
+    ResumeFromLast(tmp_path / "last.pt", {"schedule": schedule(10, taken=4)}).save(engine)
+    resumed, expected = schedule(15, taken=0), schedule(15, taken=4)
+    ResumeFromLast(tmp_path / "last.pt", {"schedule": resumed}).load(engine)
+    for _ in range(10):
+        resumed.step()
+        expected.step()
+        assert resumed.get_last_lr() == pytest.approx(expected.get_last_lr())
 
 
 def test_another_learning_rate_is_told_to_be_without_effect(tmp_path, caplog):

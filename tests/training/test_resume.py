@@ -99,6 +99,7 @@ def test_one_cycle_may_be_prolonged(tmp_path):
 
     def schedule(steps, taken):
         made = OneCycleLR(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=1.0), 0.1, total_steps=steps)
+        made.optimizer.step()
         for _ in range(taken):
             made.step()
         return made

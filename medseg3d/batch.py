@@ -117,11 +117,7 @@ class OutputPlan:
         """Where the record of the run goes unless somebody says otherwise."""
         return self.folder / (f"{split_name(self.target)[0]}.run.json" if self.is_file else "run.json")
 
-    def files(self, case: Case) -> dict[str, Path]:
-        """Output kind -> path for one case."""
-        return self.files_of(case.name)
-
-    def files_of(self, name: str) -> dict[str, Path]:
+    def files(self, name: str) -> dict[str, Path]:
         """Output kind -> path for the case of this name."""
         stem = split_name(self.target)[0] if self.is_file else name
         segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix or self.writable[0]}"
@@ -172,7 +168,7 @@ class OutputPlan:
             raise PermissionError(13, f"no permission to write into the output folder {self.folder}: name another")
         taken = {case.path.resolve() for case in inputs.cases}
         for case in inputs.cases:
-            for path in self.files(case).values():
+            for path in self.files(case.name).values():
                 if path.resolve() in taken:
                     raise ValueError(f"the output {path} is an input: name another output")
 
@@ -194,8 +190,7 @@ def predict_many(
 
     A case that fails is yielded with its error and the next one begins; ``failures.csv`` in the output folder lists
     them. Several runs may write into one folder, at the same time too; its tables are of all that it holds. In a folder
-    each finished case is noted, so that ``resume`` passes over those whose input, model and options
-    are what they were.
+    each finished case is noted, so that ``resume`` passes over those whose input, model and options are what they were.
 
     Args:
         segmenter: the loaded model.
@@ -240,7 +235,7 @@ def _write_tables(plan: OutputPlan, ledger: Ledger) -> None:
     """What is in one file for all finished cases of a folder, those of earlier runs too."""
     figures, documents = {}, []
     for name, kinds in sorted(ledger.finished_cases.items()):
-        files = {kind: path for kind, path in plan.files_of(name).items() if kind in kinds and path.is_file()}
+        files = {kind: path for kind, path in plan.files(name).items() if kind in kinds and path.is_file()}
         if "statistics" in files:
             with suppress(ValueError):  # somebody else's file of that name
                 figures[name] = json.loads(files["statistics"].read_text(encoding="utf-8"))
@@ -321,7 +316,7 @@ class _Run:
             self.progress(case, stage)
 
     def _read(self, case: Case) -> Scan | Picture | CaseResult:
-        files = self.plan.files(case)
+        files = self.plan.files(case.name)
         if self.resume and self.ledger.finished(case, files):
             return CaseResult(case, outputs=files, resumed=True)
         return self.segmenter.read(case.path, allow_non_hu=self.allow_non_hu)
@@ -332,7 +327,7 @@ class _Run:
         return result
 
     def _write(self, case: Case, result: Segmentation | PictureSegmentation) -> CaseResult:
-        files = self.plan.files(case)
+        files = self.plan.files(case.name)
         if self.ledger.is_of_another_input(case, files):
             words = f"{files['segmentation'].name} of another input was replaced: that had the same name, {case.name}"
             result = replace(result, warnings=(*result.warnings, words))

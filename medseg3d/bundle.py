@@ -173,10 +173,10 @@ def _of_pictures(
     )
 
 
-def unfilled(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn.Module, Compose, Any]:
-    """Network, preprocessing and inferer of a bundle, without weights, which need not be there.
+def parts_of(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn.Module, Compose, Any]:
+    """Network, preprocessing and inferer of a bundle, to count what they do; the weights need not be there.
 
-    A network of pictures gets its weights if they are: what a detector does depends on them. Else they are random, the
+    A network of pictures gets its weights if they are: what a detector does depends on them. All others are random, the
     same each time.
 
     Args:

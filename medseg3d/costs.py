@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medseg3d.bundle import unfilled
+from medseg3d.bundle import parts_of
 from medseg3d.catalogue import find_bundle
 from medseg3d.compare.operations import Operations
 from medseg3d.errors import in_words
@@ -73,7 +73,7 @@ def scan_costs(
         ValueError: sizes that do not fit the bundle, or one whose work is known only once the scan is.
     """
     bundle = find_bundle(model)
-    network, preprocessing, inferer = unfilled(model, trust)
+    network, preprocessing, inferer = parts_of(model, trust)
     strategy = as_strategy(inferer)
     name = next((name for name, kind in STRATEGIES.items() if isinstance(strategy, kind)), None)
     if strategy is None or name is None:
@@ -117,7 +117,7 @@ def _other(name: str, model: str | Path, trust: bool, own: Strategy, image_BC: t
     if isinstance(own, Slices):
         changes["in_channels"] = image_BC.shape[1]
     try:
-        network, *_ = unfilled(model, trust, **changes)
+        network, *_ = parts_of(model, trust, **changes)
         return _cost(name, False, strategy, network, image_BC)
     except (ValueError, TypeError) as error:  # a network of one size, or of 2D alone
         return ScanCost(name, False, refusal=in_words(error))

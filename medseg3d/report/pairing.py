@@ -59,6 +59,7 @@ def pair_cases(predictions: Files, references: Files, pictures: bool = False) ->
     predicted, expected = (_by_case(side, numbered) for side in names)
     pairs: dict[str, tuple[Path, Path]] = {}
     unpaired: list[tuple[Path, str]] = []
+    ambiguous: list[str] = []
     for case in sorted(predicted.keys() | expected.keys()):
         mine, theirs = predicted.get(case, []), expected.get(case, [])
         found = _same_names(mine, theirs)
@@ -68,11 +69,12 @@ def pair_cases(predictions: Files, references: Files, pictures: bool = False) ->
         elif mine and theirs:
             several = " and ".join(path.name for side in (mine, theirs) if len(side) > 1 for path in side)
             why = f"{several} are all of the case {case}: move all but one away, or rename them"
+            ambiguous.append(why)
         else:
             why = f"no {'reference' if mine else 'prediction'} of this name"
         unpaired += [(path, why) for path in mine + theirs if path not in pairs.get(case, ())]
-    if not pairs and predicted.keys() & expected.keys():
-        raise ValueError(next(why for _, why in unpaired if " are all of the case " in why))
+    if not pairs and ambiguous:
+        raise ValueError(ambiguous[0])
     if not pairs:
         one, other = (
             ", ".join([*sorted(side)[:3], *["..."] * (len(side) > 3)]) or "none" for side in (predicted, expected)

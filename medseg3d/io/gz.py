@@ -1,4 +1,4 @@
-"""Gzip (RFC 1952) by ISA-L: opened for reading by content, deflated on a few threads, and sums of what was written."""
+"""Gzip (RFC 1952) by ISA-L: opened by content, looked through for damage, deflated on a few threads, and summed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gzip import BadGzipFile
 from io import BufferedIOBase
 from pathlib import Path
+from typing import IO
 
 from isal import igzip, igzip_lib, isal_zlib
 
@@ -64,6 +65,23 @@ def read_to_end(file: BufferedIOBase) -> None:
     """Pass over what is left, so that its checksum is compared."""
     while file.read(_PIECE):
         pass
+
+
+def require_whole(file: IO[bytes], path: Path) -> None:
+    """Inflate the zlib or gzip stream that begins where a file stands, and compare the checksum at its end.
+
+    Raises:
+        ValueError: it is cut off or damaged.
+    """
+    stream = isal_zlib.decompressobj(wbits=32 + isal_zlib.MAX_WBITS)  # either of the two, by its first bytes
+    try:
+        while not stream.eof:
+            piece = stream.unconsumed_tail or file.read(_PIECE)
+            if not piece:
+                raise ValueError(f"{path} is cut off: its compressed data have no end; copy or export it again")
+            stream.decompress(piece, _PIECE)
+    except isal_zlib.error as error:
+        raise ValueError(f"{path} is damaged: it cannot be unpacked ({error}); copy or export it again") from error
 
 
 def deflated(parts: Sequence[memoryview]) -> Iterator[bytes]:

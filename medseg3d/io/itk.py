@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from medseg3d.geometry import Geometry
 from medseg3d.io.formats import split_name
+from medseg3d.io.gz import require_whole
 from medseg3d.io.labels import LabelTable, parse_color
 from medseg3d.io.voxels import LPS_TO_RAS, plain_numbers, spatial_shape
 from medseg3d.volume import Volume
@@ -47,13 +48,7 @@ def volume_from_sitk(image: sitk.Image, name: object = "the SimpleITK image") ->
 
 def read_itk_grid(path: Path) -> Geometry:
     """Where the voxels lie, by the header alone; ValueError as in `read_itk`."""
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(path))
-    header.SetImageIO(_reader_of(path))
-    try:
-        header.ReadImageInformation()
-    except RuntimeError as error:
-        raise _unreadable(path) from error
+    header = _header(path)
     return Geometry(spatial_shape(header.GetSize(), path), _affine(header))
 
 
@@ -79,9 +74,7 @@ def write_itk(path: Path, volume: Volume, table: LabelTable | None = None) -> No
 
 def read_segments(path: Path) -> LabelTable | None:
     """The label table in the segment fields of an NRRD file's header, if it has any."""
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(path))
-    header.ReadImageInformation()
+    header = _header(path)
     names, colors, keys = {}, {}, set(header.GetMetaDataKeys())
     for key in sorted(keys):
         segment = key.removesuffix("_LabelValue")
@@ -93,14 +86,50 @@ def read_segments(path: Path) -> LabelTable | None:
     return LabelTable(names, colors) if names else None
 
 
+def _header(path: Path) -> sitk.ImageFileReader:
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(path))
+    header.SetImageIO(_reader_of(path))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(path) from error
+    return header
+
+
 def _read(path: Path) -> sitk.Image:
     with path.open("rb") as file:  # SimpleITK does not say which of these it was
         if not file.read(1):
             raise ValueError(f"{path} is empty (0 bytes): copy or export it again")
     try:
-        return sitk.ReadImage(str(path), imageIO=_reader_of(path))
+        image = sitk.ReadImage(str(path), imageIO=_reader_of(path))
     except RuntimeError as error:
         raise _unreadable(path) from error
+    _require_whole(path)
+    return image
+
+
+def _require_whole(path: Path) -> None:
+    """ValueError if compressed voxels are damaged: ITK goes on with what it could inflate, and compares no checksum.
+
+    Voxels in several files or of another compression are not looked at.
+    """
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        for line in file:
+            key, _, value = line.decode("latin-1").partition("=" if b"=" in line.partition(b":")[0] else ":")
+            fields[key.strip().lower().replace(" ", "")] = value.strip().removeprefix("=")
+            if not line.strip() or "elementdatafile" in fields:  # the end of an NRRD's header, and of a MetaImage's
+                break
+        deflated = fields.get("compresseddata", "").lower() == "true" or fields.get("encoding") in ("gzip", "gz")
+        if not deflated or any(fields.get(skip, "0") != "0" for skip in ("lineskip", "byteskip")):
+            return
+        name = fields.get("elementdatafile", fields.get("datafile", "LOCAL"))
+        if name.upper() == "LOCAL":
+            require_whole(file, path)
+        elif (own := path.with_name(name)).is_file():
+            with own.open("rb") as voxels:
+                require_whole(voxels, own)
 
 
 def _reader_of(path: Path) -> str:

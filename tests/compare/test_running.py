@@ -103,6 +103,15 @@ def test_a_case_that_fails_is_told_and_the_rest_goes_on(bundles, cases, tmp_path
     assert "broken" in (tmp_path / "out" / "failures.csv").read_text()
 
 
+def test_a_reference_with_other_numbers_for_the_same_organs_is_refused(bundles, cases, tmp_path):
+    label = Volume((2 * tiny.bone()).astype(np.uint8), tiny.LPS)
+    write_label_map(label, cases[0].label, LabelTable({0: "background", 2: "Bone", 3: "Air"}))
+    result = HERE([bundles.threshold], cases, tmp_path / "out")
+    (failure,) = result.failures
+    assert failure["case"] == "first" and "calls Bone label 2, but here it is 3" in failure["error"]
+    assert [row["case"] for row in result.rows] == ["second"]
+
+
 def test_a_model_that_cannot_be_loaded_is_told_and_the_rest_goes_on(bundles, cases, tmp_path):
     models = [Contender(bundles.threshold, "slices"), Contender(bundles.threshold)]
     result = HERE(models, cases[:1], tmp_path / "out")

@@ -128,6 +128,26 @@ def test_bad_files_give_one_line(tmp_path, suffix):
         assert path.name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["nrrd", "nhdr", "mha", "mhd"])
+def test_a_changed_bit_in_compressed_voxels_is_noticed(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
+    sitk.WriteImage(image(noise), str(tmp_path / f"a.{suffix}"), useCompression=True)
+    data = max(tmp_path.iterdir(), key=lambda file: file.stat().st_size)
+    whole = data.read_bytes()
+    for at in range(len(whole) - 1000, len(whole), 83):
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="copy or export it again"):
+            read_volume(tmp_path / f"a.{suffix}")
+    data.write_bytes(whole)
+    np.testing.assert_array_equal(read_volume(tmp_path / f"a.{suffix}").array.T, noise)
+
+
+def test_names_of_a_damaged_file_are_refused_as_it_is(tmp_path):
+    (tmp_path / "a.nrrd").write_bytes(b"some text\n" * 9)
+    with pytest.raises(ValueError, match="another format"):
+        read_label_table(tmp_path / "a.nrrd")
+
+
 def test_nrrd_without_a_space_is_noted(tmp_path):
     head = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 4 3 2\nspacings: 1 1 2\nencoding: raw\n\n"
     (tmp_path / "a.nrrd").write_bytes(head.encode() + bytes(range(24)))

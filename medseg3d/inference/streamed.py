@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from medseg3d.inference.slabs import Slab
-from medseg3d.inference.strategy import Strategy, like, plain
+from medseg3d.inference.strategy import Strategy, plain
+from medseg3d.layers.layout import like
 
 
 class Streamed(Strategy):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
@@ -16,6 +18,18 @@ def is_plain_eager() -> bool:
         return False
     # Transforms are those of torch.func, which our autograd functions do not know.
     return _get_current_dispatch_mode() is None and peek_interpreter_stack() is None
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether a hook looks at one of the modules or a part of it: each must be called then, and what it gave must stay.
+
+    Pruning and spectral norm compute a layer's weight in such a hook.
+    """
+    return _has_any_global_hook() or any(
+        part._forward_pre_hooks or part._forward_hooks or part._backward_hooks or part._backward_pre_hooks
+        for module in modules
+        for part in module.modules()
+    )
 
 
 def _state(source: torch.Tensor) -> tuple[Any, ...]:

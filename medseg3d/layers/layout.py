@@ -1,9 +1,12 @@
-"""Channels-last images: the channels of a voxel lie together, as transformers leave them and convolutions want them.
+"""Channels-last images: the channels of a voxel lie together, as transformers leave them and convolutions want them;
+and the metadata that images carry.
 
 Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spatial axes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -22,3 +25,11 @@ def is_channels_last(x: torch.Tensor) -> bool:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """``x_BC...`` as (voxels, channels), in the same memory where it is channels-last."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def like(result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The result with the metadata and the history of a MetaTensor input, so that MONAI can invert it."""
+    if not hasattr(inputs, "copy_meta_from"):
+        return result
+    output: Any = type(inputs)(result)
+    return output.copy_meta_from(inputs)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.derived import is_hooked, is_plain_eager
 from medseg3d.layers.layout import channels_last, is_channels_last, rows
 
 PIECE = 8192  # voxels summed up at a time
@@ -73,14 +73,19 @@ def _take_contiguous_gradients(y: torch.Tensor) -> None:
 
 
 def normalize_and_activate(
-    x: torch.Tensor, norm: nn.Module, slope: float | None = None, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    norm: nn.Module,
+    slope: float | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    block: nn.Module,
 ) -> torch.Tensor:
     """``leaky_relu(norm(x) + residual)``; without ``slope`` no activation.
 
     ``x_BC...`` must be of no further use to the caller and of none to the gradient of what made it, as is the output of
-    a convolution: it may be overwritten.
+    a convolution: it may be overwritten, unless a hook looks at a part of the ``block`` that it comes from.
     """
-    if isinstance(norm, InstanceNorm | nn.GroupNorm) and _has_kernels(x):
+    if isinstance(norm, InstanceNorm | nn.GroupNorm) and _has_kernels(x) and not is_hooked(block):
         if not torch.is_grad_enabled():
             return _normalize_(x, norm, slope, residual)
         if isinstance(norm, InstanceNorm) and norm.weight is None and x.requires_grad:

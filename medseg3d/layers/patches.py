@@ -10,7 +10,7 @@ Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), ``x_B...E`` is (b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,12 @@ class PatchMerging(nn.Module):
         # The weights mean nothing without the order; PyTorch keeps metadata beside a state_dict, in every file of it.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination._metadata[prefix[:-1]]["merging_order"] = self.order
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self.order = local_metadata.get("merging_order", self.order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, *grid, dim) -> (B, *ceil(grid / 2), 2 * dim)."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medseg3d.layers.convolution import CONV, NameAndArguments, norm_layer
-from medseg3d.layers.derived import Derived, is_plain_eager
+from medseg3d.layers.derived import Derived, is_hooked, is_plain_eager
 from medseg3d.layers.layout import channels_last
 from medseg3d.layers.normalization import normalize_and_activate
 from medseg3d.layers.upsampling import (
@@ -41,6 +41,9 @@ def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d | nn.Identity) -> tor
     """``conv`` of kernel and stride 1 on ``x_BC...``; an identity may stand in its place."""
     if isinstance(conv, nn.Identity):
         return x
+    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
+        if is_plain_eager() and is_hooked(conv):
+            return conv(x)
     return mix_channels(x, conv.weight.flatten(1), conv.bias)
 
 
@@ -102,10 +105,10 @@ class ConvBlock(nn.Module):
 
     def finish(self, y: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
         """All that comes after the first convolution, of whose output ``y_BC...`` nothing is left."""
-        y = self.conv2(normalize_and_activate(y, self.norm1, SLOPE))
+        y = self.conv2(normalize_and_activate(y, self.norm1, SLOPE, block=self))
         if shortcut is not None and self.projects:
-            shortcut = normalize_and_activate(shortcut, self.norm3)
-        return normalize_and_activate(y, self.norm2, SLOPE, shortcut)
+            shortcut = normalize_and_activate(shortcut, self.norm3, block=self)
+        return normalize_and_activate(y, self.norm2, SLOPE, shortcut, block=self)
 
 
 class EncoderBlock(nn.Module):
@@ -149,7 +152,7 @@ class UpBlock(nn.Module):
     def _merges(self, x: torch.Tensor) -> bool:
         wide = self.conv_block.conv2.conv.out_channels >= MERGE_FROM_CHANNELS
         large = prod(x.shape[2:]) >= MERGE_FROM_VOXELS
-        return wide and large and x.device.type == "cpu" and is_plain_eager()
+        return wide and large and x.device.type == "cpu" and is_plain_eager() and not is_hooked(self)
 
     def _convolve(self, skip: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if skip.dim() == 4:

@@ -26,7 +26,7 @@ from medseg3d.layers.convolution import (
     norm_layer,
     per_axis,
 )
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.derived import is_hooked, is_plain_eager
 from medseg3d.layers.normalization import normalize_and_activate, slope_of
 from medseg3d.layers.transformer import recompute_in_backward
 
@@ -39,7 +39,7 @@ class _Convs(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
-            if not torch.is_grad_enabled() and is_plain_eager():
+            if not torch.is_grad_enabled() and is_plain_eager() and not is_hooked(self):
                 return self._in_place(x)
         for layer in self:
             x = layer(x)
@@ -50,7 +50,7 @@ class _Convs(nn.Sequential):
         layers = list(self)
         for conv, norm, act in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
             slope = slope_of(act)
-            x = normalize_and_activate(conv(x), norm, slope)
+            x = normalize_and_activate(conv(x), norm, slope, block=self)
             if slope is None:
                 x = act(x)
         return x

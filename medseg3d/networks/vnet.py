@@ -31,7 +31,7 @@ from medseg3d.layers.convolution import (
     activation_layer,
     check_spatial_dims,
 )
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.derived import is_hooked, is_plain_eager
 from medseg3d.layers.layout import MEMORY_FORMAT, channels_last
 from medseg3d.layers.transformer import recompute_in_backward
 
@@ -280,6 +280,9 @@ class OutStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act_function1(self.conv_block(x))
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
+            if is_plain_eager() and is_hooked(self.conv2):
+                return self.conv2(x)
         # As a matrix product: oneDNN's 1^3 convolution of a channels-last tensor is slow in float32.
         return F.linear(x.movedim(1, -1), self.conv2.weight.flatten(1), self.conv2.bias).movedim(-1, 1)
 
@@ -294,19 +297,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         running_mean: torch.Tensor
         running_var: torch.Tensor
         num_batches_tracked: torch.Tensor
-        momentum: float
+        momentum: float | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and is_plain_eager() and self._may_overwrite(x):
             return self._overwrite(x)
-        if self.training:
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+            if self.momentum is None:  # the mean of all batches, as PyTorch has it
+                momentum = 1.0 / float(self.num_batches_tracked)
+        own = self.training or self.running_mean is None
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps)
 
     def _may_overwrite(self, x: torch.Tensor) -> bool:
-        return not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
+        tracked = self.running_mean is not None
+        return tracked and not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
 
     def _overwrite(self, x: torch.Tensor) -> torch.Tensor:
         precision = torch.promote_types(x.dtype, torch.float32)  # the one that PyTorch's norm computes in

@@ -1,0 +1,120 @@
+"""What PyTorch's and MONAI's tools do to a network from outside: hooks, pruning, state dictionaries, metadata."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+from torch.nn.utils import prune, spectral_norm
+from torch.optim.swa_utils import update_bn
+
+from medseg3d.layers.normalization import GroupNorm, InstanceNorm
+from medseg3d.networks import UNETR, SwinUNETR, UNet, VNet
+from medseg3d.networks.vnet import _BatchNorm
+
+NETWORKS = {
+    "unet": lambda: UNet(3, 1, 2, channels=(8, 16), norm="group", act="leakyrelu"),
+    "vnet": lambda: VNet(3, 1, 2),
+    "unetr": lambda: UNETR(1, 2, (32, 32, 32), feature_size=8, hidden_size=48, num_heads=4, mlp_dim=64),
+    "swin_unetr": lambda: SwinUNETR(1, 2, feature_size=12),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return NETWORKS[request.param]()
+
+
+@pytest.fixture
+def image():
+    return torch.randn(1, 1, 64, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def sized(network, image):
+    return image[:, :, :32] if isinstance(network, UNETR) else image
+
+
+def test_the_affine_of_a_meta_tensor_comes_along(network, sized):
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    network.eval()
+    with torch.no_grad():
+        output = network(MetaTensor(sized, affine=affine))
+        plain = network(sized)
+    assert isinstance(output, MetaTensor) and torch.equal(output.affine, affine)
+    assert type(plain) is torch.Tensor and torch.equal(output.as_tensor(), plain)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["unet", "unetr", "swin_unetr"])
+def test_a_hook_keeps_what_a_convolution_gave(name, grad, image):
+    network = NETWORKS[name]().eval()
+    image = image[:, :, :32] if name == "unetr" else image
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
+    kept, copies = {}, {}
+
+    def look(module, _, output):
+        kept[module], copies[module] = output, output.detach().clone()
+
+    with torch.set_grad_enabled(grad):
+        expected = network(image)
+        for conv in convs:
+            conv.register_forward_hook(look)
+        torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+    assert len(kept) > 5
+    for conv, output in kept.items():
+        assert torch.equal(output.detach(), copies[conv]), "overwritten after the hook saw it"
+
+
+@pytest.mark.parametrize("name", ["unet", "swin_unetr"])
+def test_norms_tell_their_hooks(name, image):
+    network, seen = NETWORKS[name]().eval(), set()
+    norms = {module for module in network.modules() if isinstance(module, GroupNorm | InstanceNorm)}
+    for norm in norms:
+        norm.register_forward_hook(lambda module, *_: seen.add(module))
+    with torch.no_grad():
+        network(image)
+    assert norms and seen == norms
+
+
+def test_pruned_convolutions_train(network, sized):
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            prune.l1_unstructured(module, "weight", 0.3)
+    for _ in range(2):
+        network(sized).square().mean().backward()
+
+
+def test_spectral_norm_has_a_gradient(network, sized):
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
+    for conv in convs:
+        spectral_norm(conv)
+    network(sized).square().mean().backward()
+    assert all(conv.weight_orig.grad is not None for conv in convs)
+
+
+def test_the_order_of_merging_comes_back_with_the_weights(tmp_path, image):
+    network = SwinUNETR(1, 2, feature_size=12, downsample="legacy").eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    again = SwinUNETR(1, 2, feature_size=12).eval()
+    again.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(again(image), network(image))
+
+
+@pytest.mark.parametrize("argument", [{"momentum": None}, {"track_running_stats": False}])
+def test_batch_norm_of_vnet_is_that_of_pytorch(argument):
+    ours, theirs = _BatchNorm(3, **argument), nn.BatchNorm3d(3, **argument)
+    for seed in range(3):
+        x = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) + seed
+        torch.testing.assert_close(ours(x), theirs(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x.clone()), theirs.eval()(x))
+
+
+def test_statistics_of_vnet_are_collected_anew(image):
+    network = VNet(3, 1, 2)
+    update_bn([image, image + 1], network)
+    assert int(network.in_tr.conv_block.adn.N.num_batches_tracked) == 2

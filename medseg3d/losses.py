@@ -182,7 +182,9 @@ class MarginalLoss(nn.Module):
             for known_K in annotated.unique(dim=0):
                 cases = (annotated == known_K).all(dim=1)
                 merged, renamed = _merged(logits[cases].float(), labels[cases], known_K)
-                total = total + self.loss(merged, renamed) * cases.sum() / len(logits)
+                # Where nothing was looked for there is nothing to learn; MONAI takes a single channel for a mask's.
+                loss = self.loss(merged, renamed) if known_K[1:].any() else 0 * merged.sum()
+                total = total + loss * cases.sum() / len(logits)
         return total
 
 
@@ -254,7 +256,9 @@ class WeightedCrossEntropyLoss(nn.Module):
             total = (losses * weights).sum()
             if self.reduction == "sum":
                 return total
-            return total / (weights.sum() if self.reduction == "weighted_mean" else weights.numel())
+            if self.reduction == "mean":
+                return total / weights.numel()
+            return total / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)  # 0 where nothing counts
 
 
 class PretrainingLoss(nn.Module):

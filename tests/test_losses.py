@@ -233,6 +233,15 @@ def test_voxels_without_weight_teach_nothing():
     assert not logits.grad[:, :, 1:].any()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "weighted_mean"])
+def test_a_batch_without_any_weight_costs_nothing(reduction):
+    logits, labels = case()
+    logits.requires_grad_()
+    loss = WeightedCrossEntropyLoss(reduction)(logits, labels, torch.zeros(labels.shape))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
 def test_weighted_cross_entropy_is_computed_in_float32():
     logits, labels = case()
     with torch.autocast("cpu", torch.bfloat16):
@@ -271,6 +280,20 @@ def test_a_class_that_is_not_contoured_is_background(make):
     got = MarginalLoss(loss)(logits, labels, annotated)
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     assert got.item() != pytest.approx(MarginalLoss(loss)(logits, labels).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("make", MONAI_LOSSES)
+def test_a_case_in_which_nothing_was_looked_for_teaches_nothing(make):
+    logits, labels = case(classes=2)
+    labels[1] = 0
+    logits.requires_grad_()
+    loss = MarginalLoss(make())
+    got = loss(logits, labels, torch.tensor([[True, True], [True, False]]))
+    got.backward()
+    assert got.item() == pytest.approx(loss(logits[:1], labels[:1]).item() / 2, rel=1e-5)
+    assert logits.grad[0].abs().sum() > 0 and not logits.grad[1].any()
+    with pytest.raises(ValueError, match="annotated calls not contoured"):
+        loss(logits, torch.ones_like(labels), torch.tensor([[True, False]] * 2))
 
 
 @pytest.mark.parametrize("make", MONAI_LOSSES)

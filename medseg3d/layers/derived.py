@@ -20,6 +20,20 @@ def is_plain_eager() -> bool:
     return _get_current_dispatch_mode() is None and peek_interpreter_stack() is None
 
 
+def is_symbolic(x: torch.Tensor) -> bool:
+    """Whether a tracer, a compiler or an exporter runs, which takes no check of sizes."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def check_axes(x: torch.Tensor, spatial_dims: int, first: nn.Module, network: str) -> None:
+    """ValueError unless ``x`` is (batch, channels, *spatial axes), as many channels as the ``first`` layer takes."""
+    if x.dim() != spatial_dims + 2:
+        raise ValueError(f"{network} takes {spatial_dims} spatial axes, got a shape of {tuple(x.shape[2:])}")
+    channels = getattr(first, "in_channels", x.shape[1])  # it may have been replaced
+    if x.shape[1] != channels:
+        raise ValueError(f"{network} takes images (batch, {channels}, ...), {channels} channels, got {tuple(x.shape)}")
+
+
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether a hook looks at one of the modules or a part of it: each must be called then, and what it gave must stay.
 

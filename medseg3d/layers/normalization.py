@@ -65,6 +65,13 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """``nn.LocalResponseNorm`` in float32: PyTorch has no kernel of half precision on CPUs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 @torch.jit.unused
 def _take_contiguous_gradients(y: torch.Tensor) -> None:
     """PyTorch 2.13 on CPUs: for one image a channels-last gradient of instance norm comes back wrong."""

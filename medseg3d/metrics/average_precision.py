@@ -20,7 +20,7 @@ from medseg3d.metrics.instances import Geometry, pairwise_iou
 from medseg3d.tasks import Categories, Instances
 
 _TINY = float(np.spacing(1))
-
+_COCO_SIZES = {"small": "s", "medium": "m", "large": "l"}
 
 MANY_OBJECTS = 10_000  # detections of a picture to rank where COCO's 100 are fewer than it shows, as of nuclei
 
@@ -129,13 +129,17 @@ class CocoPrecision:
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers by their names, in its order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs,
-        ARm, ARl; each in [0, 1] or nan. Under rules with other limits AR is told for those."""
-        sizes = {"s": "small", "m": "medium", "l": "large"}
+        ARm, ARl; each in [0, 1] or nan. Under other rules AR is told for their limits, AP50 and AP75 where they have
+        these thresholds, and areas that COCO does not have go by their own names: AP_tiny, AR_tiny."""
+        sizes = {_COCO_SIZES.get(area, f"_{area}"): area for area in self.rules.areas if area != "all"}
         numbers = {"AP": self.average_precision()}
-        numbers |= {f"AP{percent}": self.average_precision(percent / 100) for percent in (50, 75)}
+        numbers |= {f"AP{percent}": self.average_precision(percent / 100) for percent in self._percents()}
         numbers |= {f"AP{letter}": self.average_precision(area=area) for letter, area in sizes.items()}
         numbers |= {f"AR{limit}": self.average_recall(limit) for limit in self.rules.limits}
         return numbers | {f"AR{letter}": self.average_recall(area=area) for letter, area in sizes.items()}
+
+    def _percents(self) -> list[int]:
+        return [percent for percent in (50, 75) if np.isclose(self.rules.thresholds, percent / 100).any()]
 
     @cached_property
     def _curves(self) -> tuple[np.ndarray, np.ndarray]:

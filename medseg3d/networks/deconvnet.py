@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medseg3d.layers.derived import is_symbolic
 from medseg3d.layers.upsampling import unpool
 from medseg3d.networks.backbones.vgg import VGG16
 
@@ -112,7 +113,7 @@ class DeconvNet(nn.Module):
         return F.relu(getattr(self, norm_name)(getattr(self, name)(x)), inplace=True)
 
     def _check_shape(self, x: torch.Tensor) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_symbolic(x):
             return
         if x.dim() != 4:
             raise ValueError(f"DeconvNet takes 2 spatial axes, (batch, channels, height, width), got {tuple(x.shape)}")

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medseg3d.layers.derived import is_symbolic
 from medseg3d.layers.sampling import Sampling
 from medseg3d.layers.upsampling import BilinearUpsampling
 from medseg3d.networks.fcn_trunks import TRUNKS, Trunk, pad_image, pad_same
@@ -180,7 +181,7 @@ class FCN(nn.Module):
         return getattr(self, name)(x)
 
     def _check_shape(self, x: torch.Tensor) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_symbolic(x):
             return
         if x.dim() != 4:
             raise ValueError(f"FCN takes 2 spatial axes, (batch, channels, height, width), got {tuple(x.shape)}")

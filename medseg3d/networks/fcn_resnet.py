@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medseg3d.layers.derived import is_symbolic
 from medseg3d.networks.backbones.resnet import RESNETS, ResNet
 from medseg3d.networks.backbones.stages import IntermediateLayerGetter
 
@@ -88,7 +89,7 @@ class FCNResNet(nn.Module):
         }
 
     def _check_shape(self, x: torch.Tensor) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_symbolic(x):
             return
         if x.dim() != 4:
             raise ValueError(f"FCNResNet takes 2 spatial axes, (batch, channels, height, width), got {tuple(x.shape)}")

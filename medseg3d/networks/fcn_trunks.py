@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import nn
 
+from medseg3d.layers.normalization import LocalResponseNorm
 from medseg3d.networks.backbones.googlenet import GoogLeNet
 from medseg3d.networks.backbones.vgg import VGG16
 
@@ -86,7 +87,7 @@ def alexnet(in_channels: int, width: float, dropout: float, torchvision: bool = 
 
     def pool_and_norm(number: int) -> dict[str, nn.Module]:
         pool: dict[str, nn.Module] = {f"pool{number}": nn.MaxPool2d(3, stride=2, ceil_mode=True)}
-        norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+        norm = LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
         return pool if torchvision else {**pool, f"norm{number}": norm}
 
     layers: dict[str, nn.Module] = {

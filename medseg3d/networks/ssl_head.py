@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from medseg3d.layers.convolution import CONV, TRANSPOSED_CONV, check_spatial_dims
+from medseg3d.layers.derived import is_symbolic
 from medseg3d.layers.normalization import InstanceNorm
 from medseg3d.networks.backbones.swin import SwinTransformer
 
@@ -93,16 +94,17 @@ class SSLHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> SSLOutput:
         """``x_BC...`` to what the heads give."""
-        self._check_size(x.shape[2:])
+        self._check_size(x)
         deepest = self.swinViT(x)[-1]
         tokens_BNE = deepest.flatten(2).transpose(1, 2)
         return SSLOutput(
             self.rotation_head(tokens_BNE[:, 0]), self.contrastive_head(tokens_BNE[:, 1]), self.conv(deepest)
         )
 
-    def _check_size(self, spatial_shape: Sequence[int]) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    def _check_size(self, x: torch.Tensor) -> None:
+        if is_symbolic(x):
             return
+        spatial_shape = x.shape[2:]
         good = [max(1, -(-size // SIZE_MULTIPLE)) * SIZE_MULTIPLE for size in spatial_shape]
         if max(good) == SIZE_MULTIPLE:
             good[0] *= 2
@@ -119,7 +121,7 @@ class SSLReconstruction(SSLHead):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """``x_BC...`` to its reconstruction, the same shape."""
-        self._check_size(x.shape[2:])
+        self._check_size(x)
         return self.conv(self.swinViT(x)[-1])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from medseg3d.layers.convolution import NameAndArguments, check_spatial_dims
+from medseg3d.layers.derived import check_axes, is_symbolic
 from medseg3d.layers.layout import channels_last
 from medseg3d.layers.normalization import InstanceNorm
 from medseg3d.layers.patches import PatchMerging
@@ -137,7 +138,7 @@ class SwinUNETR(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, *spatial) of ``x_BC...``."""
-        self._check_size(x.shape[2:])
+        self._check_size(x)
         x = channels_last(x)
         map2, map4, map8, map16, map32 = self.swinViT(x, self.normalize)
         y = self.decoder5(self.encoder10(map32), map16)
@@ -148,11 +149,11 @@ class SwinUNETR(nn.Module):
         y = self.decoder1(y, self.encoder1(x))
         return self.out(y)
 
-    def _check_size(self, spatial_shape: Sequence[int]) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    def _check_size(self, x: torch.Tensor) -> None:
+        if is_symbolic(x):
             return
-        if len(spatial_shape) != self.spatial_dims:
-            raise ValueError(f"SwinUNETR takes {self.spatial_dims} spatial axes, got a shape of {tuple(spatial_shape)}")
+        check_axes(x, self.spatial_dims, self.encoder1.layer.conv1.conv, "SwinUNETR")
+        spatial_shape = x.shape[2:]
         good = [max(1, -(-size // SIZE_MULTIPLE)) * SIZE_MULTIPLE for size in spatial_shape]
         rule = f"axes that are multiples of {SIZE_MULTIPLE}"
         if isinstance(self.encoder10.layer.norm1, InstanceNorm) and max(good) == SIZE_MULTIPLE:

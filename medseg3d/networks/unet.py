@@ -26,7 +26,7 @@ from medseg3d.layers.convolution import (
     norm_layer,
     per_axis,
 )
-from medseg3d.layers.derived import is_hooked, is_plain_eager
+from medseg3d.layers.derived import check_axes, is_hooked, is_plain_eager, is_symbolic
 from medseg3d.layers.normalization import normalize_and_activate, slope_of
 from medseg3d.layers.transformer import recompute_in_backward
 
@@ -140,7 +140,7 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, *spatial) of ``x_BC...``; with ``padding="valid"`` smaller than the input."""
         if not torch.jit.is_scripting():
-            self._check_size(x.shape[2:])
+            self._check_size(x)
         skips: list[torch.Tensor] = []
         # The deepest level has no pool. TorchScript knows neither strict= nor an index into a list of modules.
         for convs, pool in zip(self.encoder, self.pools):  # noqa: B905
@@ -165,11 +165,11 @@ class UNet(nn.Module):
             size = size * stride[axis] - loss
         return size if size > 0 else None
 
-    def _check_size(self, spatial_shape: Sequence[int]) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    def _check_size(self, x: torch.Tensor) -> None:
+        if is_symbolic(x):
             return
-        if len(spatial_shape) != self.spatial_dims:
-            raise ValueError(f"UNet takes {self.spatial_dims} spatial axes, got a shape of {tuple(spatial_shape)}")
+        check_axes(x, self.spatial_dims, self.encoder[0][0], "UNet")
+        spatial_shape = x.shape[2:]
         good = tuple(self._next_good_size(size, axis) for axis, size in enumerate(spatial_shape))
         if good != tuple(spatial_shape):
             raise ValueError(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from medseg3d.layers.convolution import NameAndArguments
+from medseg3d.layers.derived import check_axes, is_symbolic
 from medseg3d.layers.residual import EncoderBlock, OutBlock, ProjectionUpBlock, UpBlock
 from medseg3d.layers.transformer import recompute_in_backward
 from medseg3d.networks.backbones.vit import ViT
@@ -122,6 +123,8 @@ class UNETR(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, *spatial) of ``x_BC...``."""
+        if not is_symbolic(x):
+            check_axes(x, len(self.vit.patch_embedding.patch_size), self.encoder1.layer.conv1.conv, "UNETR")
         tokens_BNE, states = self.vit(x)
         half, quarter, eighth, deepest = [
             self.vit.patch_embedding.to_grid(tokens, x) for tokens in (*(states[i] for i in SKIPS), tokens_BNE)

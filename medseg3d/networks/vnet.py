@@ -16,7 +16,6 @@ Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spat
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ from medseg3d.layers.convolution import (
     activation_layer,
     check_spatial_dims,
 )
-from medseg3d.layers.derived import is_hooked, is_plain_eager
+from medseg3d.layers.derived import check_axes, is_hooked, is_plain_eager, is_symbolic
 from medseg3d.layers.layout import MEMORY_FORMAT, channels_last
 from medseg3d.layers.transformer import recompute_in_backward
 
@@ -118,7 +117,7 @@ class VNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, *spatial) of ``x_BC...``, in channels-last memory format."""
         if not torch.jit.is_scripting():
-            self._check_size(x.shape[2:])
+            self._check_size(x)
             # A clone, because contiguous() does not mark a single channel as channels-last.
             x = x.clone(memory_format=MEMORY_FORMAT[x.dim()])
         skips = [self.in_tr(x)]
@@ -137,11 +136,11 @@ class VNet(nn.Module):
         x = self.up_tr32(x)
         return self.out_tr(x)
 
-    def _check_size(self, spatial_shape: Sequence[int]) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    def _check_size(self, x: torch.Tensor) -> None:
+        if is_symbolic(x):
             return
-        if len(spatial_shape) != self.spatial_dims:
-            raise ValueError(f"VNet takes {self.spatial_dims} spatial axes, got a shape of {tuple(spatial_shape)}")
+        check_axes(x, self.spatial_dims, self.in_tr.conv_block.conv, "VNet")
+        spatial_shape = x.shape[2:]
         good = tuple(max(1, -(-size // SIZE_MULTIPLE)) * SIZE_MULTIPLE for size in spatial_shape)
         if good != tuple(spatial_shape):
             raise ValueError(

@@ -86,7 +86,17 @@ class Instances:
     def from_masks(
         cls, masks: np.ndarray | Sequence[np.ndarray], shape: Sequence[int] | None = None, **rest: Any
     ) -> Instances:
-        """From masks (N, *shape), not 0 inside; ``rest`` as in `Instances`. ``shape`` is needed for a list of none."""
+        """From masks (N, *shape), not 0 inside; ``rest`` as in `Instances`. ``shape`` is needed for a list of none.
+
+        Raises:
+            ValueError: another number of axes, or probabilities in the place of masks.
+        """
+        for mask in masks:
+            if np.asarray(mask).dtype.kind == "f" and not np.isin(mask, (0, 1)).all():
+                raise ValueError(
+                    "masks are True or other than 0 inside, got fractions such as probabilities: choose a threshold "
+                    "first; of Mask R-CNN's output found['masks'][:, 0] > 0.5"
+                )
         if shape is None:
             if np.ndim(masks) not in (3, 4):
                 raise ValueError(f"masks are (N, H, W) or (N, D, H, W), got the shape {np.shape(masks)}")

@@ -110,6 +110,14 @@ def test_average_precision_by_hand():
     assert math.isnan(voc.average_precision(5))
 
 
+def test_a_summary_tells_what_its_rules_have():
+    one = Instances.from_boxes([(0, 0, 4, 4)], (8, 8))
+    rules = CocoRules(thresholds=(0.5,), areas={"all": (0, 1e10), "tiny": (0, 16), "large": (17, 1e10)})
+    found = CocoPrecision.of(one, one, rules=rules).summary()
+    assert list(found) == ["AP", "AP50", "AP_tiny", "APl", "AR1", "AR10", "AR100", "AR_tiny", "ARl"]
+    assert found["AP_tiny"] == found["AP50"] == pytest.approx(1) and math.isnan(found["APl"])
+
+
 def test_voc_gives_no_second_choice_and_ignores_the_difficult():
     reference = boxes((0, 0, 10, 10), (1, 0, 11, 10), (40, 0, 50, 10), crowd=[False, False, True])
     # The second is nearest to the first object, which is taken, although it overlaps the other one as well.

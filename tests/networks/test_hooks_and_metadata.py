@@ -10,7 +10,11 @@ from torch.nn.utils import prune, spectral_norm
 from torch.optim.swa_utils import update_bn
 
 from medseg3d.layers.normalization import GroupNorm, InstanceNorm
-from medseg3d.networks import UNETR, SwinUNETR, UNet, VNet
+from medseg3d.networks import FCN, UNETR, SwinUNETR, UNet, VNet
+from medseg3d.networks.backbones.alexnet import AlexNet
+from medseg3d.networks.backbones.googlenet import googlenet
+from medseg3d.networks.backbones.resnet import resnet18
+from medseg3d.networks.backbones.vgg import vgg11
 from medseg3d.networks.vnet import _BatchNorm
 
 NETWORKS = {
@@ -77,6 +81,29 @@ def test_norms_tell_their_hooks(name, image):
     with torch.no_grad():
         network(image)
     assert norms and seen == norms
+
+
+def test_another_number_of_channels_is_told_with_and_without_gradients(network, sized):
+    for grad in (False, True):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(ValueError, match="1 channels, got"),
+        ):
+            network(torch.cat([sized, sized], 1))
+
+
+@pytest.mark.parametrize("make", [resnet18, vgg11, AlexNet, googlenet])
+def test_backbones_are_traced_by_fx(make):
+    backbone, picture = make().eval(), torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.fx.symbolic_trace(backbone)(picture), backbone(picture))
+
+
+@pytest.mark.parametrize("backbone", ["alexnet", "googlenet"])
+def test_local_response_norm_runs_in_bfloat16(backbone):
+    network, picture = FCN(backbone=backbone).eval(), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert network.bfloat16()(picture.bfloat16()).dtype == torch.bfloat16
 
 
 def test_pruned_convolutions_train(network, sized):

@@ -145,6 +145,14 @@ def test_no_instances_and_empty_masks():
     assert Region.of(np.zeros((4, 5))).common(Region.of(np.ones((4, 5)))) == 0
 
 
+def test_masks_are_not_probabilities():
+    found = torch.tensor([[[[0.1, 0.9], [0.4, 0.8]]]])
+    with pytest.raises(ValueError, match=r"choose a threshold first; of Mask R-CNN's output found\['masks'\]\[:, 0\]"):
+        Instances.from_masks(found[:, 0])
+    assert Instances.from_masks(found[:, 0] > 0.5).areas.tolist() == [2]
+    assert Instances.from_masks((found[:, 0] > 0.5).float()).areas.tolist() == [2]
+
+
 def test_tight_boxes():
     masks = np.zeros((3, 6, 7), bool)
     masks[0, 1:3, 2:6] = masks[1, 0, 0] = True

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from medseg3d.layers.normalization import LocalResponseNorm
 from medseg3d.networks.backbones.stages import check_images
 
 
@@ -99,7 +100,7 @@ class CaffeNet(nn.Module):
         def pool_and_norm(number: int) -> list[tuple[str, nn.Module]]:
             pair: list[tuple[str, nn.Module]] = [
                 (f"pool{number}", nn.MaxPool2d(3, stride=2, ceil_mode=True)),
-                (f"norm{number}", nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)),
+                (f"norm{number}", LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)),
             ]
             return pair[::-1] if norm_first else pair
 

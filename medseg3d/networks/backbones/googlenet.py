@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medseg3d.layers.normalization import LocalResponseNorm
 from medseg3d.networks.backbones.stages import check_images
 
 # Per colour: mean and standard deviation of ImageNet's images, which torchvision's inputs are normalised with.
@@ -71,7 +72,7 @@ class GoogLeNet(nn.Module):
             return Inception(*widths, published=published)
 
         def response_norm() -> nn.Module:
-            return nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if published else nn.Identity()
+            return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if published else nn.Identity()
 
         self.conv1 = BasicConv2d(in_channels, 64, 7, stride=2, padding=3, norm=not published)
         self.maxpool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from medseg3d.layers.derived import is_symbolic
+
 
 class IntermediateLayerGetter(nn.ModuleDict):
     """The children of a network up to the last one that is asked for, one behind the other, with some of their maps.
@@ -52,7 +54,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
 
 def check_images(x: torch.Tensor, channels: int, network: str, smallest: int = 1) -> None:
     """ValueError unless ``x`` is (B, channels, H, W) with sides of at least ``smallest``; exporters see no check."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if is_symbolic(x):
         return
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from medseg3d.layers.convolution import per_axis
+from medseg3d.layers.derived import is_symbolic
 from medseg3d.layers.patches import PatchConvolution, PatchMerging
 from medseg3d.layers.transformer import INITIAL_STD, linear
 from medseg3d.layers.windows import cut_into_windows
@@ -143,7 +144,7 @@ class SwinClassifier(nn.Module):
         return [tuple(n // 2**stage for n in grid) for stage in range(stages)]
 
     def _check_size(self, x: torch.Tensor) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_symbolic(x):
             return
         check_images(x, self.in_channels, "SwinClassifier")
         size = tuple(x.shape[2:])

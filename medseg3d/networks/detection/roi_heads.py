@@ -116,6 +116,11 @@ class BoxSelection:
         return {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}
 
 
+def _of_selection(name: str) -> property:
+    """A setting of ``selection``, where torchvision has it."""
+    return property(lambda heads: getattr(heads.selection, name), lambda heads, v: setattr(heads.selection, name, v))
+
+
 class RoIHeads(nn.Module):
     """Box head and, unless ``mask_head`` is None, mask head.
 
@@ -144,6 +149,10 @@ class RoIHeads(nn.Module):
         self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, box_head, box_predictor
         self.target_sampler, self.selection, self.box_loss_beta = target_sampler, selection, box_loss_beta
         self.mask_roi_pool, self.mask_head, self.mask_predictor = mask_roi_pool, mask_head, mask_predictor
+
+    score_thresh = _of_selection("score_thresh")
+    nms_thresh = _of_selection("nms_thresh")
+    detections_per_img = _of_selection("detections_per_img")
 
     def forward(
         self,

@@ -337,6 +337,16 @@ def test_parameters_of_the_public_forms(build, count):
     assert frozen == (build is maskrcnn_resnet50_fpn)
 
 
+def test_settings_of_the_selection_are_where_torchvision_has_them(network, images):
+    heads = network.roi_heads
+    given = heads.score_thresh, heads.nms_thresh, heads.detections_per_img
+    try:
+        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = 0.0, 1.0, 1
+        assert all(len(found["boxes"]) == 1 for found in network(images))
+    finally:
+        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = given
+
+
 def test_sizes_of_pictures():
     """Sides are rounded down; the longer one is bound; a picture may be a single pixel."""
     transform = DetectionTransform(min_size=(64, 80), max_size=120)

@@ -53,7 +53,7 @@ def segment_proposals(
     if not boxes:
         raise ValueError(
             f"none of the {len(boxes_N4)} proposals has sides of {smallest_side} pixels or more within the image of "
-            f"{height}x{width}: give larger ones (the whole image is one), or lower smallest_side"
+            f"{height}x{width}: give larger ones, or lower smallest_side"
         )
     total: torch.Tensor | None = None
     seen = torch.zeros((height, width), dtype=torch.long, device=image_CHW.device)

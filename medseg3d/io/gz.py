@@ -80,7 +80,7 @@ def require_whole(file: IO[bytes], path: Path) -> None:
             if not piece:
                 raise ValueError(f"{path} is cut off: its compressed data have no end; copy or export it again")
             stream.decompress(piece, _PIECE)
-    except isal_zlib.error as error:
+    except isal_zlib.error as error:  # type: ignore[misc]  # isal's stub declares an instance
         raise ValueError(f"{path} is damaged: it cannot be unpacked ({error}); copy or export it again") from error
 
 

@@ -25,7 +25,7 @@ def is_symbolic(x: torch.Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def check_axes(x: torch.Tensor, spatial_dims: int, first: nn.Module, network: str) -> None:
+def check_axes(x: torch.Tensor, spatial_dims: int, first: Any, network: str) -> None:
     """ValueError unless ``x`` is (batch, channels, *spatial axes), as many channels as the ``first`` layer takes."""
     if x.dim() != spatial_dims + 2:
         raise ValueError(f"{network} takes {spatial_dims} spatial axes, got a shape of {tuple(x.shape[2:])}")

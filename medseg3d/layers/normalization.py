@@ -84,15 +84,14 @@ def normalize_and_activate(
     norm: nn.Module,
     slope: float | None = None,
     residual: torch.Tensor | None = None,
-    *,
-    block: nn.Module,
+    block: nn.Module | None = None,
 ) -> torch.Tensor:
     """``leaky_relu(norm(x) + residual)``; without ``slope`` no activation.
 
     ``x_BC...`` must be of no further use to the caller and of none to the gradient of what made it, as is the output of
-    a convolution: it may be overwritten, unless a hook looks at a part of the ``block`` that it comes from.
+    a convolution: it may be overwritten, unless a hook looks at a part of the ``block`` of layers that it comes from, or at the norm.
     """
-    if isinstance(norm, InstanceNorm | nn.GroupNorm) and _has_kernels(x) and not is_hooked(block):
+    if isinstance(norm, InstanceNorm | nn.GroupNorm) and _has_kernels(x) and not is_hooked(block or norm):
         if not torch.is_grad_enabled():
             return _normalize_(x, norm, slope, residual)
         if isinstance(norm, InstanceNorm) and norm.weight is None and x.requires_grad:

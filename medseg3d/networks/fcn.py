@@ -195,7 +195,8 @@ class FCN(nn.Module):
         """The network of the next stride, 16 for 32 and 8 for 16, to be trained on from this one's weights.
 
         What is new in it adds nothing before it has learned: score layers start at zero, upsampling is bilinear. The
-        logits it starts with are this network's but for the interpolation in two steps.
+        logits it starts with are this network's but for the interpolation in two steps; what this one's last upsampling
+        has learned is left behind, since the next one enlarges less. Parameters that were frozen stay frozen.
 
         Raises:
             ValueError: this network has stride 8 already.
@@ -207,6 +208,9 @@ class FCN(nn.Module):
         own = finer.state_dict()
         kept = {key: value for key, value in self.state_dict().items() if key in own}
         finer.load_state_dict(kept, strict=False)
+        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        for name, parameter in finer.named_parameters():
+            parameter.requires_grad_(trained.get(name, parameter.requires_grad))
         return finer.train(self.training).to(next(self.parameters()))
 
     @property

@@ -168,7 +168,7 @@ class UNet(nn.Module):
     def _check_size(self, x: torch.Tensor) -> None:
         if is_symbolic(x):
             return
-        check_axes(x, self.spatial_dims, self.encoder[0][0], "UNet")
+        check_axes(x, self.spatial_dims, next(self.encoder[0].children()), "UNet")
         spatial_shape = x.shape[2:]
         good = tuple(self._next_good_size(size, axis) for axis, size in enumerate(spatial_shape))
         if good != tuple(spatial_shape):

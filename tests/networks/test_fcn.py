@@ -121,6 +121,7 @@ def test_at_once_scales_the_finer_maps():
 def test_a_finer_stage_starts_from_the_coarser_one(backbone):
     torch.manual_seed(0)
     network = filled(fcn(backbone, padding="same"))
+    next(network.parameters()).requires_grad_(False)
     x = torch.randn(1, 1, 96, 96)
     for stride in (16, 8):
         finer = network.refined()
@@ -130,6 +131,8 @@ def test_a_finer_stage_starts_from_the_coarser_one(backbone):
         kept = network.state_dict()
         assert all(torch.equal(value, kept[key]) for key, value in finer.state_dict().items() if key in kept)
         assert not finer.get_submodule(finer.fusions[-1].score).weight.any()
+        frozen = [name for name, parameter in finer.named_parameters() if not parameter.requires_grad]
+        assert frozen == [next(iter(kept))], "what was frozen, and that alone"
         with torch.no_grad():
             coarse, fine = network(x), finer(x)
         assert coarse.std() > 0 and (coarse - fine).abs().mean() < 0.1 * coarse.std()

@@ -169,8 +169,9 @@ class MaskRCNN(nn.Module):
             best first, and "masks" (N, 1, H, W), probabilities or, with ``mask_threshold``, bool. Or a dictionary of
             "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness" and "loss_rpn_box_reg", to be summed.
         """
+        classes = self.num_classes  # predictors that were replaced must agree, with targets or without
         if targets is not None:
-            check_targets(images, targets, self.num_classes, True, self.inclusive)
+            check_targets(images, targets, classes, True, self.inclusive)
         batch_BCHW, records, moved = self.transform(images, targets)
         shapes = [record.resized for record in records]
         height, width = batch_BCHW.shape[2:]

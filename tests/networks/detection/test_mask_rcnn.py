@@ -257,6 +257,9 @@ def test_predictors_decide_the_number_of_classes(images, targets):
     network.roi_heads.box_predictor = predictors(6)["box_predictor"]
     with pytest.raises(ValueError, match="got 6 of box_predictor, 4 of mask_predictor: make all predictors for the"):
         network(images, fourth)
+    with pytest.raises(ValueError, match="got 6 of box_predictor, 4 of mask_predictor"):
+        network.eval()(images)
+    network.train()
     network.roi_heads.mask_predictor = predictors(6)["mask_predictor"]
     assert all(torch.isfinite(loss) for loss in network(images, fourth).values())
 

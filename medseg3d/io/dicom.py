@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,12 +28,15 @@ try:
 except ImportError as missing:
     raise ModuleNotFoundError('reading DICOM needs pydicom: pip install "medseg3d[dicom]"') from missing
 
-from medseg3d.io.dicom_pixels import AIR, modality_values, stored_pixels
+from medseg3d.io.dicom_pixels import AIR, DAMAGE, modality_values, stored_pixels
 
 _ORTHONORMAL = 1e-2  # departure of the direction cosines from unit length and right angle that rounding explains
 _ALIKE = 1e-3  # difference of direction cosines, and share of the pixel spacing, within a series
 _REPEATS = ("AcquisitionNumber", "ImageType", "ConvolutionKernel", "TemporalPositionIdentifier", "AcquisitionTime")
 _GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")  # of a multi-frame image
+
+_TOLD = ("SeriesInstanceUID", "SeriesDescription", "SeriesNumber", "Modality", "Rows", "Columns", "SamplesPerPixel")
+_TOLD += ("NumberOfFrames", "SliceThickness", *_REPEATS)
 
 Sources = dict[str, Callable[[], IO[bytes]]]
 
@@ -121,8 +125,12 @@ def _sources(path: Path) -> Iterator[Sources]:
         files = _dicom_files(path, "*") or _dicom_files(path, "**/*")
         yield {str(file.relative_to(path)): partial(_opened, file) for file in files}
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield {name: partial(_member, archive, name) for name in sorted(dicom_members(archive))}
+        with _unzipping(path):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            with _unzipping(path):
+                names = sorted(dicom_members(archive))
+            yield {name: partial(_member, path, archive, name) for name in names}
     else:
         yield {path.name: partial(_opened, path)}
 
@@ -154,8 +162,17 @@ def _opened(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    return BytesIO(archive.read(name))
+def _member(path: Path, archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    with _unzipping(path):
+        return BytesIO(archive.read(name))
+
+
+@contextmanager
+def _unzipping(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password
+        raise ValueError(f"{path} cannot be unzipped ({error}): copy it again, or give the folder it was") from error
 
 
 def _grouped(sources: Sources) -> tuple[Series, ...]:
@@ -185,8 +202,11 @@ def _header(source: Callable[[], IO[bytes]]) -> pydicom.Dataset:
     with source() as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # values that break a rule of no interest here
         try:
-            return pydicom.dcmread(file, stop_before_pixels=True)
-        except (pydicom.errors.InvalidDicomError, EOFError, ValueError, NotImplementedError):
+            header = pydicom.dcmread(file, stop_before_pixels=True)
+            for tag in _TOLD:
+                header.get(tag)  # values are decoded when they are asked for
+            return header
+        except DAMAGE:
             return pydicom.Dataset()
 
 
@@ -219,7 +239,7 @@ def _slices(name: str, header: pydicom.Dataset) -> list[Slice]:
         ]
     try:
         return [_slice(name, frame, header, *group) for frame, group in enumerate(groups)]
-    except (AttributeError, TypeError, ValueError):
+    except DAMAGE:
         return []
 
 

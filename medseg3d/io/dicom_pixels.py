@@ -15,6 +15,9 @@ from medseg3d.io.voxels import plain_numbers, rescaled
 
 AIR = -1024  # HU
 _UNPHYSICAL = -2000  # HU; at or below it is padding, whatever the tags say
+# What pydicom raises over wrong bytes.
+DAMAGE = (AttributeError, EOFError, KeyError, NotImplementedError, TypeError, ValueError)
+DAMAGE += (pydicom.errors.BytesLengthException, pydicom.errors.InvalidDicomError)
 
 
 def stored_pixels(source: Callable[[], IO[bytes]]) -> tuple[np.ndarray, bool]:
@@ -24,18 +27,19 @@ def stored_pixels(source: Callable[[], IO[bytes]]) -> tuple[np.ndarray, bool]:
     """
     with source() as file:
         content = file.read()
-    dataset = pydicom.dcmread(pydicom.filebase.DicomBytesIO(content))
+    syntax = "unknown"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(pydicom.filebase.DicomBytesIO(content))
+            syntax = dataset.file_meta.TransferSyntaxUID.name
             pixels, done = dataset.pixel_array, False
     except (RuntimeError, NotImplementedError) as error:  # no plugin for this transfer syntax, or it failed
         fallback = _by_gdcm(content)
         if fallback is None:
-            syntax = dataset.file_meta.TransferSyntaxUID.name
             raise ValueError(f"its {syntax} pixel data cannot be decoded ({error})".replace("\n", " ")) from error
         pixels, done = fallback, True
-    except (AttributeError, ValueError, EOFError) as error:
+    except DAMAGE as error:
         raise ValueError(f"its pixel data are missing or cut off ({error})".replace("\n", " ")) from error
     return pixels.reshape(-1, *pixels.shape[-2:]), done
 

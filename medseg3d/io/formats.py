@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
@@ -48,7 +49,7 @@ def kind_of(path: Path) -> Kind | None:
     try:
         with zipfile.ZipFile(path) as archive:
             return "zip" if any(dicom_members(archive)) else None
-    except (zipfile.BadZipFile, RuntimeError):  # damaged, or locked with a password
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # damaged, or locked with a password
         return None
 
 

@@ -220,6 +220,25 @@ def test_a_damaged_file_is_left_out_and_its_slice_filled(series):
     assert "a damaged file" in volume.header["notes"][0] and "1 missing slice" in volume.header["notes"][1]
 
 
+def test_a_header_with_wrong_bytes_is_a_damaged_file(series):
+    folder = series()
+    victim = next(file for file in folder.iterdir() if pydicom.dcmread(file).InstanceNumber == 2)
+    victim.write_bytes(victim.read_bytes().replace(b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00C9", 1))
+    assert "a damaged file" in read_dicom(folder).header["notes"][0]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_zip_is_told_by_its_name(compression, series, tmp_path):
+    with zipfile.ZipFile(tmp_path / "scan.zip", "w", compression) as archive:
+        for file in series().iterdir():
+            archive.write(file, file.name)
+    content = bytearray((tmp_path / "scan.zip").read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    (tmp_path / "scan.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"scan\.zip cannot be unzipped \(.*copy it again"):
+        read_volume(tmp_path / "scan.zip")
+
+
 def test_a_tag_that_differs_in_every_slice_tells_nothing_apart(series):
     for time in range(2):
         for number in range(6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import inspect
 import logging
 import os
@@ -24,9 +25,12 @@ from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import Dataset
 
 from medseg3d.io import write_atomic
+from medseg3d.io.formats import split_name
 from medseg3d.version import __version__
 
 logger = logging.getLogger(__name__)
+
+_IN_PARTS = (".mhd", ".nhdr", ".hdr", ".hdr.gz", ".img", ".img.gz")
 
 
 class CachedCases(Dataset[dict[Hashable, Any]]):
@@ -99,8 +103,8 @@ class CachedCases(Dataset[dict[Hashable, Any]]):
     def _prepared(self, index: int) -> dict[Hashable, Any]:
         file = self._files[index]
         if file is not None:
-            with contextlib.suppress(FileNotFoundError, EOFError, RuntimeError, pickle.UnpicklingError):
-                return torch.load(file, weights_only=True)  # a file that was cut short is written again
+            with contextlib.suppress(Exception):  # whatever a damaged file raises, it is written again
+                return torch.load(file, weights_only=True)
         item = _compact(self.transform(dict(self.data[index]), end=self._fixed, threading=True))
         if file is not None and _is_plain(item):
             _write(item, file)
@@ -168,11 +172,20 @@ def _fixed_transforms(transform: Compose) -> int:
 
 
 def _states(case: Mapping[Hashable, Any]) -> list[tuple[int, int]]:
-    """Size and time of the last change of each file that a case names, be it by its folder."""
+    """Size and time of the last change of each file that a case names, be it by its folder or by its header."""
     named = [part for value in case.values() for part in (value if isinstance(value, (list, tuple)) else [value])]
     paths = [Path(part) for part in named if isinstance(part, (str, Path)) and os.path.exists(part)]
-    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    files = [file for path in paths for file in _parts(path) if file.is_file()]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a scan: those in its folder, or with its name where the voxels lie beside the header."""
+    if path.is_dir():
+        return sorted(path.rglob("*"))
+    stem, suffix = split_name(path)
+    beside = path.parent.glob(f"{glob.escape(stem)}.*") if suffix in _IN_PARTS else ()
+    return sorted({path, *beside})
 
 
 def _sizes(value: Any) -> Iterator[tuple[torch.device, int]]:

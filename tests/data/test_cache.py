@@ -106,15 +106,18 @@ def test_without_memory_and_folder_nothing_is_prepared_before_it_is_asked_for(ca
     assert values(dataset) == [[0], [1], [2], [3]]
 
 
-def test_a_file_that_was_cut_short_is_written_again(cases, tmp_path):
-    CachedCases(cases, only(Read("image")), tmp_path / "cache")
+def test_a_damaged_file_is_written_again(cases, tmp_path):
+    read = only(Read("image", size=20_000))
+    CachedCases(cases, read, tmp_path / "cache")
     files = sorted((tmp_path / "cache").iterdir())
-    files[0].write_bytes(files[0].read_bytes()[:300])
-    files[1].write_bytes(b"")
+    content = files[0].read_bytes()
+    half = len(content) // 2
+    for n, damaged in enumerate((content[:half], content[:-40], content[:half] + bytes(len(content) - half), b"")):
+        files[n].write_bytes(damaged)
     prepared.clear()
     for _ in range(2):
-        assert values(CachedCases(cases, only(Read("image")), tmp_path / "cache")) == [[0], [1], [2], [3]]
-    assert len(prepared) == 2
+        assert values(CachedCases(cases, read, tmp_path / "cache")) == [[0], [1], [2], [3]]
+    assert len(prepared) == 4
     assert sorted((tmp_path / "cache").iterdir()) == files
 
 
@@ -125,13 +128,15 @@ def test_a_case_that_is_listed_twice_is_written_whole(cases, tmp_path, caplog):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_file_within_a_folder_that_a_case_names_may_change_too(cases, tmp_path):
-    series = tmp_path / "series"
-    series.mkdir()
-    (series / "1.dcm").write_text("a slice")
-    cases = [{**cases[0], "series": series}]
+@pytest.mark.parametrize(
+    ("named", "changed"), [("series", "series/deep/2.dcm"), ("ct.mhd", "ct.raw"), ("ct.nhdr", "ct.raw.gz")]
+)
+def test_a_file_within_a_scan_that_a_case_names_may_change_too(named, changed, cases, tmp_path):
+    (tmp_path / "series" / "deep").mkdir(parents=True)
+    (tmp_path / named if "." in named else tmp_path / named / "1.dcm").write_text("a part")
+    cases = [{**cases[0], "series": tmp_path / named}]
     CachedCases(cases, only(Read("image"), Lambdad("series", str, track_meta=False)), tmp_path / "cache")
-    (series / "2.dcm").write_text("another one")
+    (tmp_path / changed).write_text("another one")
     prepared.clear()
     CachedCases(cases, only(Read("image"), Lambdad("series", str, track_meta=False)), tmp_path / "cache")
     assert prepared == ["case0.txt"]

@@ -18,7 +18,7 @@ from medseg3d.geometry import Geometry
 from medseg3d.io import RASTER_SUFFIXES, read_geometry, read_image, read_label_image, read_volume
 from medseg3d.io.digest import file_sha256
 from medseg3d.io.formats import split_name
-from medseg3d.io.labels import count_labels
+from medseg3d.io.labels import count_labels, whole_numbers
 
 Grade = Literal["fault", "doubt"]
 Grid = Geometry | tuple[int, ...]  # of a scan; of a picture its rows and columns
@@ -145,14 +145,12 @@ class _Look:
         grid, array = self._read(file, label=True)
         if array is None:
             return grid, None
-        if array.dtype.kind == "f":
-            numbers = np.unique(array)
-            if (numbers % 1 != 0).any():
-                wrong = _listed([f"{n:g}" for n in numbers[numbers % 1 != 0]])
-                self._tell("fault", f"{file.name}: labels are whole numbers, this has {wrong}")
-                return grid, None
-            array = array.astype(np.int64)
-        voxels = {n: count for n, count in count_labels(array).items() if n != 0}
+        try:
+            counts = count_labels(whole_numbers(array, file.name))
+        except ValueError as error:
+            self._tell("fault", str(error))
+            return grid, None
+        voxels = {n: count for n, count in counts.items() if n != 0}
         self._compare(file, voxels.keys())
         return grid, voxels
 

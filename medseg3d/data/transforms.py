@@ -16,6 +16,7 @@ from monai.transforms import InvertibleTransform, MapTransform, Randomizable
 from monai.utils import ensure_tuple
 
 from medseg3d.geometry import Chain, Frame, Geometry, Resample
+from medseg3d.io.labels import label_numbers
 
 
 def body_box(array: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +153,7 @@ class ToModelGridd(MapTransform, InvertibleTransform):
             else:
                 _require_grid(key, _geometry(image), self.keys[0], frame.source)
             if key in self.label_keys:
-                _require_label_numbers(key, array)
+                array = label_numbers(array, repr(key))
             moved = _move_labels(frame, array) if key in self.label_keys else frame.image(array)
             result = MetaTensor(torch.from_numpy(_own(moved)), meta=dict(image.meta))
             result.applied_operations = list(image.applied_operations)
@@ -200,10 +201,11 @@ class AxesLiked(MapTransform):
         wanted = _geometry(_as_meta_tensor(output[self.reference]))
         for key in self.key_iterator(output):
             given = _as_meta_tensor(output[key])
-            _require_label_numbers(key, given.numpy(force=True))
+            array = given.numpy(force=True)
+            labels = label_numbers(array, repr(key)).astype(array.dtype, copy=False)
             turn = _geometry(given).reorient(wanted.orientation)
             _require_grid(key, turn.target, self.reference, wanted)
-            turned = torch.from_numpy(_own(turn.image(given.detach().cpu().numpy())))
+            turned = torch.from_numpy(_own(turn.image(labels)))
             output[key] = MetaTensor(turned, affine=torch.from_numpy(turn.target.affine.copy()), meta=dict(given.meta))
         return output
 
@@ -256,20 +258,7 @@ def applied_frame(image: MetaTensor) -> Frame:
     raise ValueError("the image carries no record of ToModelGridd: put it into the preprocessing")
 
 
-def _require_label_numbers(key: Hashable, array: np.ndarray) -> None:
-    """ValueError unless it holds whole numbers of 0 or more, be they stored as fractions."""
-    wrong = np.abs(array - np.rint(array)) > 1e-3 if array.dtype.kind == "f" else np.zeros(1, bool)
-    if wrong.any():
-        raise ValueError(
-            f"{key!r} is no label map, it holds fractions such as {array[wrong][0]:g}: a file with a scale factor, or "
-            "probabilities; write its whole numbers as an integer type without scaling"
-        )
-    if array.min(initial=0) < 0:
-        raise ValueError(f"{key!r} is no label map, it holds numbers below 0 such as {array.min():g}")
-
-
 def _move_labels(frame: Frame, array: np.ndarray) -> np.ndarray:
-    array = np.rint(array) if array.dtype.kind == "f" else array
     present = np.unique(array)
     numbers = np.concatenate([[0], present[present > 0]]).astype(np.int64)
     winners = labels_by_interpolation(frame, _Masks(array[0], numbers))

@@ -32,6 +32,7 @@ _PALETTE: tuple[Color, ...] = (
     (38, 166, 140),
 )
 _TONES = ((0.55, 1.0), (0.80, 0.80), (0.40, 0.90))  # saturation and value of the colours after those
+_ROUNDING = 1e-3  # from a whole number, of labels in floating point and with a scale factor
 _GOLDEN = 0.618034  # of a turn of hue from one colour to the next
 
 
@@ -152,6 +153,36 @@ def count_labels(array: np.ndarray) -> dict[int, int]:
     for slab in np.moveaxis(array, -1, 0):
         total += np.bincount(slab.ravel(order="K").astype(np.intp), minlength=high + 1)
     return {n: int(total[n]) for n in np.flatnonzero(total).tolist()}
+
+
+def whole_numbers(array: np.ndarray, name: object) -> np.ndarray:
+    """The array in integers: what is stored as floating point counts as the whole number within 1e-3 of it.
+
+    Raises:
+        ValueError: there are fractions, NaN or infinite numbers.
+    """
+    if array.dtype.kind != "f":
+        return array
+    whole = np.rint(array)
+    with np.errstate(invalid="ignore"):  # infinite less infinite
+        wrong = ~(np.abs(array - whole) <= _ROUNDING)
+    if wrong.any():
+        raise ValueError(
+            f"{name} is no label map: it holds fractions such as {array[wrong][0]!s}, as probabilities, images and "
+            "files with a scale factor do; write its whole numbers as an integer type without scaling"
+        )
+    return whole.astype(np.int32)
+
+
+def label_numbers(array: np.ndarray, name: object) -> np.ndarray:
+    """`whole_numbers`, of which none is below 0; ValueError if one is."""
+    array = whole_numbers(array, name)
+    if array.min(initial=0) < 0:
+        raise ValueError(
+            f"{name} is no label map: it holds numbers below 0 such as {array.min()}, as a CT does; give the "
+            "segmentation of it"
+        )
+    return array
 
 
 def sidecar_path(path: str | Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from medseg3d.errors import in_words
 from medseg3d.io import read_label_table, read_volume
-from medseg3d.io.labels import count_labels
+from medseg3d.io.labels import count_labels, label_numbers
 from medseg3d.metrics.evaluate import COLUMNS, Row, evaluate_case
 from medseg3d.report.pairing import Files, case_name, pair_cases
 from medseg3d.report.records import require_same_grid, write_csv
@@ -166,11 +166,4 @@ def _mean_and_std(mean: float | None, std: float | None, digits: int) -> str:
 def read_label_map(path: str | Path) -> Volume:
     """A label map file; whole numbers stored as floating point, as many tools do, become integers."""
     volume = read_volume(path)
-    if volume.dtype.kind == "f":
-        whole = np.rint(volume.array)
-        if not np.array_equal(whole, volume.array):
-            raise ValueError(f"{path} is no label map: it holds fractions, such as probabilities or an image do")
-        volume = volume.with_array(whole.astype(np.int32))
-    if volume.array.min(initial=0) < 0:
-        raise ValueError(f"{path} is no label map: it holds numbers below 0, as a CT does; give the segmentation of it")
-    return volume
+    return volume.with_array(label_numbers(volume.array, path))

@@ -104,8 +104,12 @@ def with_value(array, value):
         ({"ct": np.full((6, 7, 8), -1000, np.int16)}, "fault", "every voxel is -1000"),
         ({"seg": with_value(label(), 9)}, "fault", "a_seg.nii.gz: 9 is no label of the data set (0 to 2)"),
         ({"seg": with_value(label().astype(np.int16), -1)}, "fault", "labels are 0 or more, this has -1"),
-        ({"seg": with_value(label().astype(np.float32), 0.5)}, "fault", "labels are whole numbers, this has 0.5"),
-        ({"seg": with_value(label().astype(np.float32), np.nan)}, "fault", "labels are whole numbers, this has nan"),
+        (
+            {"seg": with_value(label().astype(np.float32), 0.5)},
+            "fault",
+            "a_seg.nii.gz is no label map: it holds fractions such as 0.5",
+        ),
+        ({"seg": with_value(label().astype(np.float32), np.nan)}, "fault", "it holds fractions such as nan"),
         ({"seg": np.zeros((6, 7, 8), np.uint8)}, "doubt", "a_seg.nii.gz: nothing but background"),
         ({"annotated": (1,)}, "fault", "a_seg.nii.gz: has label 2, which was not looked for, by the list"),
     ],
@@ -119,6 +123,7 @@ def test_voxels(changes, grade, text, case):
 
 def test_labels_stored_as_floats_are_labels(case):
     assert findings(case("a", seg=label().astype(np.float32))) == []
+    assert findings(case("a", seg=label() * np.float32(0.99999994))) == []
 
 
 def test_a_label_that_no_case_has(case):

@@ -236,7 +236,7 @@ class TestToModelGrid:
         data = self.data()
         data["label"] = tensor(np.where(blobs(self.shape, (1, 2)) == 1, number, 0).astype(np.float32), oblique())
         data["image"] = tensor(smooth(self.shape), oblique())
-        with pytest.raises(ValueError, match=f"'label' is no label map, it holds .*{message}"):
+        with pytest.raises(ValueError, match=f"'label' is no label map: it holds .*{message}"):
             ToModelGridd(("image", "label"), "label")(data)
         with pytest.raises(ValueError, match=message):
             AxesLiked("label")(data)

@@ -4,7 +4,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from medseg3d.io.labels import LabelTable, default_color, sidecar_path, sidecar_text, unnamed_labels
+from medseg3d.io.labels import LabelTable, default_color, sidecar_path, sidecar_text, unnamed_labels, whole_numbers
 
 TABLE = LabelTable({3: "parotid gland, left", 1: "brainstem <& \"quoted\" 'é'>"}, {3: (1, 2, 3)})
 
@@ -117,3 +117,11 @@ def test_every_label_up_to_65535_may_be_used():
     for wrong in (-1, 65536):
         with pytest.raises(ValueError, match=rf"0 to 65535, got .*{wrong}"):
             unnamed_labels(np.full((2, 2, 2), wrong), {})
+
+
+def test_numbers_within_a_thousandth_of_a_whole_one_are_labels():
+    near = np.array([0, 0.99999994, 2.0005, 3], np.float32)
+    assert whole_numbers(near, "a").tolist() == [0, 1, 2, 3] and whole_numbers(near, "a").dtype.kind == "i"
+    for wrong in (0.9985, np.nan, np.inf):
+        with pytest.raises(ValueError, match=rf"^a.nii is no label map: it holds fractions such as {wrong}, as prob"):
+            whole_numbers(np.array([0, wrong, 1], np.float32), "a.nii")

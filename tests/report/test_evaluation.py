@@ -205,6 +205,13 @@ def test_refused_files(tmp_path):
         evaluate_folders(fractions, good, LABELS)
 
 
+def test_labels_that_rounding_moved_are_labels(tmp_path):
+    """As in training: 0.99999994 is 1."""
+    reference = save(tmp_path / "r.nii.gz", label_map(4, 5))
+    near = save(tmp_path / "p.nii.gz", label_map(4, 5) * np.float32(0.99999994))
+    assert {row["dice"] for row in evaluate_folders(near, reference, LABELS).rows} <= {1.0, None}
+
+
 def test_a_ct_is_no_reference(tmp_path):
     prediction = save(tmp_path / "p.nii.gz", label_map(4, 5))
     ct = save(tmp_path / "ct.nii.gz", label_map(4, 5).astype(np.int16) - 1000)

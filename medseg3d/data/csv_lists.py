@@ -30,19 +30,24 @@ def csv_entries(path: Path, notes: list[str]) -> list[Entry]:
         notes += [
             f"the column {name!r} is not read: columns are {', '.join(_COLUMNS)}"
             for name in columns
-            if name not in _COLUMNS
+            if name and name not in _COLUMNS
         ]
+        if again := [name for name in _COLUMNS if columns.count(name) > 1]:
+            raise ValueError(
+                f"{path}: the first line names {', '.join(again)} more than once: a column has a name of its own; an "
+                "image of several files is listed in JSON"
+            )
     elif set(columns) & set(_COLUMNS):
         raise ValueError(f"{path}: the first line names columns, and none is image: {', '.join(columns)}")
     else:
         columns = list(_COLUMNS[:3])
     entries: list[Entry] = []
     for row in rows:
-        if len(row) > len(columns):
+        if any(row[len(columns) :]):
             raise ValueError(f"{path}: a row has the columns {', '.join(columns)}, got {len(row)} of them: {row}")
         entry: dict[str, Any] = {key: cell for key, cell in zip(columns, row, strict=False) if key in _COLUMNS and cell}
         split = _SPLIT_NAMES.get(entry.pop("split", "").lower())
-        if split is None or not str(entry.get("fold", 0)).isdecimal():
+        if split is None or not str(entry.get("fold", 0)).removesuffix(".0").isdecimal():
             raise ValueError(f"{path}: a split is one of {', '.join(SPLITS)} and a fold a whole number, got {row}")
         entries.append((split, entry))
     if not entries:

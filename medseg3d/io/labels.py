@@ -73,16 +73,14 @@ class LabelTable:
 
     @classmethod
     def from_json(cls, data: Any) -> LabelTable:
-        """From `to_json`, from a document that holds it under "labels", or from a plain {"1": "brainstem", ...}.
+        """From `to_json`, or from a plain {"1": "brainstem", ...} or nnU-Net's {"brainstem": 1, ...}.
 
-        Raises ValueError for anything else.
+        A document may hold either under "labels". Raises ValueError for anything else.
         """
         try:
             labels = data.get("labels", data) if isinstance(data, Mapping) else data
             if isinstance(labels, Mapping):
-                if not all(str(label).isdecimal() for label in labels):
-                    raise TypeError("a label is a whole number")
-                return cls({int(label): name for label, name in labels.items()})
+                return cls(label_names(labels))
             colors = {int(entry["id"]): entry["color"] for entry in labels if "color" in entry}
             return cls({int(entry["id"]): entry["name"] for entry in labels}, colors)
         except (KeyError, TypeError, AttributeError) as error:
@@ -92,7 +90,7 @@ class LabelTable:
     def read_json(cls, path: str | Path) -> LabelTable:
         """From a file that `from_json` takes; ValueError where it does and if the file is not JSON."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -121,6 +119,37 @@ class LabelTable:
         except (ET.ParseError, KeyError, ValueError) as error:
             raise ValueError(f"not a label table: its XML is damaged ({error})") from error
         return cls(names, colors)
+
+
+def label_names(labels: Any) -> dict[int, str]:
+    """Number -> name from {"1": "liver"} (MONAI, MSD) or {"liver": 1} (nnU-Net version 2, also with regions [1, 2]).
+
+    Background is 0 if there is any label. Raises ValueError for anything else.
+    """
+    if not isinstance(labels, Mapping):
+        raise ValueError(f'"labels" maps numbers to names or names to numbers, got {labels!r}')
+    if all(str(key).isdecimal() for key in labels):
+        names = {int(number): str(name) for number, name in labels.items()}
+        return {0: "background", **dict(sorted(names.items()))} if names else {}
+    if "ignore" in labels:
+        raise ValueError(
+            f"nnU-Net's label 'ignore' ({labels['ignore']}) stands for voxels that nobody annotated, and medseg3d can "
+            'leave out whole organs of a case only ("contoured"): leave such cases out, or make it background'
+        )
+    found: dict[int, tuple[int, str]] = {}  # number -> size of the smallest region that holds it, and its name
+    for name, numbers in labels.items():
+        region = [whole_number(n, f"the label {name!r}") for n in (numbers if isinstance(numbers, list) else [numbers])]
+        for n in region:
+            named = name if len(region) == 1 else f"{name} {n}"
+            found[n] = min(found.get(n, (len(region), named)), (len(region), named))
+    return {0: "background"} | {n: found[n][1] for n in sorted(found)}
+
+
+def whole_number(value: Any, what: str) -> int:
+    """A whole number of at least 0, which a file may have as text; ValueError for anything else."""
+    if isinstance(value, int | float | str) and str(value).removesuffix(".0").isdecimal():
+        return int(float(value))
+    raise ValueError(f"{what} is a whole number, 0 or more, got {value!r}")
 
 
 def unnamed_labels(array: np.ndarray, names: Mapping[int, str]) -> set[int]:

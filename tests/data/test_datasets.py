@@ -10,6 +10,7 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from medseg3d.data.datasets import Case, Dataset, read_dataset, with_patients, write_datalist
+from medseg3d.data.manifest import dataset_of
 
 
 @pytest.fixture
@@ -142,6 +143,16 @@ class TestDatalist:
         dataset = read_dataset(save("list.json", {"training": entries[:1] * 2}))
         assert len({case.name for case in dataset.cases}) == 2
 
+    def test_given_names_are_told_apart_by_numbers_that_are_free(self, save):
+        entries = [{"image": f"{n}.nii.gz", "case": name} for n, name in enumerate(("a", "a", "a_1", "a_2"))]
+        names = [case.name for case in read_dataset(save("list.json", {"training": entries})).cases]
+        assert names == ["a_0", "a_3", "a_1", "a_2"]
+
+    def test_a_label_in_a_list_of_its_own_and_a_byte_order_mark(self, save):
+        document = {"training": [{"image": ["a.nii.gz"], "label": ["a_seg.nii.gz"]}]}
+        dataset = read_dataset(save("list.json", "\ufeff" + json.dumps(document)))
+        assert files(dataset) == [("a", ["a.nii.gz"], "a_seg.nii.gz")]
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [
@@ -190,10 +201,34 @@ class TestFolder:
             3: "enhancing",
         }
 
-    def test_cases_listed_by_name(self, save, tmp_path):
+    def test_cases_listed_by_name(self, save, touch, tmp_path):
         cases = {"a": {"images": ["x/a_0000.png", "x/a_0001.png"], "label": "y/a.png"}}
         save("dataset.json", {"labels": {"background": 0, "road": 1}, "file_ending": ".png", "dataset": cases})
-        assert files(read_dataset(tmp_path)) == [("a", ["a_0000.png", "a_0001.png"], "a.png")]
+        listed = [("a", ["a_0000.png", "a_0001.png"], "a.png")]
+        assert files(read_dataset(tmp_path)) == listed
+        touch("imagesTs/t_0000.png", "imagesTs/a_0000.png", "imagesTr/b_0000.png")
+        assert files(read_dataset(tmp_path)) == [*listed, ("t", ["t_0000.png"], None)]
+
+    def test_channels_are_counted_as_dataset_json_names_them(self, save, touch, tmp_path):
+        """A case without its first channel would count as one of its own."""
+        touch("imagesTr/a_0000.mha", "imagesTr/a_0001.mha", "imagesTr/b_0001.mha", "imagesTr/c_0000.mha")
+        save("dataset.json", {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".mha"})
+        dataset = read_dataset(tmp_path)
+        assert files(dataset) == [
+            ("a", ["a_0000.mha", "a_0001.mha"], None),
+            ("b", ["b_0001.mha"], None),
+            ("c", ["c_0000.mha"], None),
+        ]
+        assert dataset.channels == ("T1", "T2")
+        save("dataset.json", {"modality": {"0": "CT"}, "training": [{"image": "a.mha"}]})
+        assert read_dataset(tmp_path).channels == ("CT",)
+        save("dataset.json", {"modality": "CT", "training": [{"image": "a.mha"}]})
+        assert read_dataset(tmp_path).channels == ()
+
+    def test_its_dataset_json_stands_for_the_folder(self, save, touch, tmp_path):
+        touch("imagesTr/a_0000.mha", "labelsTr/a.mha")
+        path = save("dataset.json", {"labels": {"background": 0, "liver": 1}, "file_ending": ".mha", "source": "us"})
+        assert read_dataset(path) == read_dataset(tmp_path) == dataset_of(path)
 
     def test_without_a_list(self, touch, tmp_path):
         touch("imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
@@ -227,6 +262,12 @@ class TestCsv:
         cases = read_dataset(save("list.csv", text)).cases
         assert [(c.split, c.fold) for c in cases] == [("validation", None), ("train", 2), ("test", None)]
 
+    def test_as_spreadsheets_write_it(self, save):
+        (a,) = read_dataset(save("list.csv", "image,label,fold,\na.mha,s.mha,1.0,\n")).cases
+        assert a.fold == 1
+        (a,) = read_dataset(save("list.csv", "a.mha,s.mha,p1,,\n")).cases
+        assert a.patient == "p1"
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -235,6 +276,7 @@ class TestCsv:
             ("image,split\na,held-out\n", "a split is one of train, validation, test"),
             ("image,fold\na,one\n", "a fold a whole number"),
             ("image,label\n,a_seg.nii.gz\n", "has an image"),
+            ("image,image,label\na,b,c\n", "the first line names image more than once"),
         ],
     )
     def test_errors(self, text, message, save):
@@ -250,40 +292,6 @@ def test_other_files_are_refused(save, tmp_path):
         read_dataset(tmp_path / "nowhere.json")
 
 
-class TestSplits:
-    DATASET = Dataset(
-        "d",
-        Path(),
-        tuple(
-            Case(name, (Path(name),), Path("label"), name, split, fold)
-            for name, split, fold in [("a", "train", 0), ("b", "train", 1), ("c", "train", None), ("t", "test", None)]
-        ),
-    )
-
-    def names(self, split, fold=None, dataset=DATASET):
-        return [case.name for case in dataset.of_split(split, fold)]
-
-    def test_the_first_fold_is_for_validation_unless_another_is_asked_for(self):
-        assert (self.names("train"), self.names("validation"), self.names("test")) == (["b", "c"], ["a"], ["t"])
-        assert (self.names("train", 1), self.names("validation", 1), self.names("test", 1)) == (
-            ["a", "c"],
-            ["b"],
-            ["t"],
-        )
-
-    def test_a_validation_split_comes_before_folds(self):
-        cases = tuple(replace(c, split="validation") if c.name == "c" else c for c in self.DATASET.cases)
-        dataset = replace(self.DATASET, cases=cases)
-        assert (self.names("train", None, dataset), self.names("validation", None, dataset)) == (["a", "b"], ["c"])
-        assert (self.names("train", 1, dataset), self.names("validation", 1, dataset)) == (["a", "c"], ["b"])
-
-    def test_errors(self):
-        with pytest.raises(ValueError, match="no case in split 'val'"):
-            self.names("val")
-        with pytest.raises(ValueError, match=r"d has no fold 5; it has \[0, 1\]"):
-            self.names("train", 5)
-
-
 class TestWriting:
     def test_reads_back_as_it_was(self, tmp_path):
         inside, outside = tmp_path / "lists" / "ct", Path("/elsewhere")
@@ -293,6 +301,7 @@ class TestWriting:
             Case("c", (inside / "c.nii.gz",), None, "c", "test"),
         )
         dataset = Dataset("two organs", tmp_path / "lists", cases, {0: "background", 1: "liver", 5: "Milz"}, True)
+        dataset = replace(dataset, channels=("CT", "PET"))
         path = write_datalist(dataset, tmp_path / "lists" / "out.json")
         assert read_dataset(path) == dataset
         document = json.loads(path.read_text())
@@ -300,18 +309,6 @@ class TestWriting:
         assert document["validation"][0]["image"] == ["/elsewhere/b1.mha", "/elsewhere/b2.mha"]
         entry = load_decathlon_datalist(str(path), True, "training")[0]
         assert Path(entry["image"]) == inside / "a.nii.gz" and entry["fold"] == 4
-
-
-def test_patients_are_found_in_names():
-    cases = tuple(Case(name, (Path(name),), None, name) for name in ("GLI-005-000", "GLI-005-001"))
-    dataset = Dataset("d", Path(), cases)
-    assert {case.patient for case in with_patients(dataset, r"^(\w+-\d+)-").cases} == {"GLI-005"}
-    assert {case.patient for case in with_patients(dataset, r"\d+$").cases} == {"000", "001"}
-    for pattern in ("BraTS", "[0-9]*", "(BraTS)?GLI"):  # none, an empty one, a group that takes no part
-        with pytest.raises(ValueError, match="finds no patient in the name of the case 'GLI-005-000'"):
-            with_patients(dataset, pattern)
-    with pytest.raises(ValueError, match="is no regular expression"):
-        with_patients(dataset, "(")
 
 
 class TestWhatIsNotRead:
@@ -331,9 +328,20 @@ class TestWhatIsNotRead:
     def test_a_folder_with_fewer_cases_than_it_says(self, save, touch, tmp_path):
         touch("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/t_0000.nii.gz")
         save("dataset.json", {"labels": {"background": 0, "liver": 1}, "numTraining": 2})
-        assert read_dataset(tmp_path).notes == ("dataset.json says numTraining 2, there are 1 cases",)
+        assert read_dataset(tmp_path).notes == ("numTraining is 2, there are 1 cases to train on",)
         save("dataset.json", {"labels": {"background": 0, "liver": 1}, "numTraining": 1})
         assert read_dataset(tmp_path).notes == ()
+        save("dataset.json", {"training": [{"image": "imagesTr/a_0000.nii.gz"}], "numTraining": 2})
+        assert read_dataset(tmp_path).notes == ("numTraining is 2, there are 1 cases to train on",)
+
+    def test_files_of_one_name_in_two_formats(self, touch, tmp_path):
+        touch("imagesTr/a_0000.nii", "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "labelsTr/a.nrrd")
+        dataset = read_dataset(tmp_path)
+        assert files(dataset) == [("a", ["a_0000.nii"], "a.nii.gz")]
+        assert dataset.notes == (
+            "labelsTr/a.nrrd is not read: a.nii.gz has that name too",
+            "imagesTr/a_0000.nii.gz is not read: a_0000.nii has that name too",
+        )
 
 
 @pytest.mark.parametrize(

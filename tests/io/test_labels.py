@@ -51,8 +51,9 @@ def test_json_round_trip():
 
 def test_plain_json_of_other_tools(tmp_path):
     path = tmp_path / "labels.json"
-    path.write_text('{"0": "background", "1": "spleen"}')
-    assert LabelTable.read_json(path) == LabelTable({1: "spleen"})
+    for text in ('{"0": "background", "1": "spleen"}', '\ufeff{"labels": {"background": 0, "spleen": 1}}'):
+        path.write_text(text, encoding="utf-8")
+        assert LabelTable.read_json(path) == LabelTable({1: "spleen"})
 
 
 @pytest.mark.parametrize("text", ["not json", "[1, 2]", '{"labels": 3}', '{"a": "b"}', '[{"id": 1}]', "3"])

@@ -34,9 +34,18 @@ _ORTHONORMAL = 1e-2  # departure of the direction cosines from unit length and r
 _ALIKE = 1e-3  # difference of direction cosines, and share of the pixel spacing, within a series
 _REPEATS = ("AcquisitionNumber", "ImageType", "ConvolutionKernel", "TemporalPositionIdentifier", "AcquisitionTime")
 _GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")  # of a multi-frame image
-
-_TOLD = ("SeriesInstanceUID", "SeriesDescription", "SeriesNumber", "Modality", "Rows", "Columns", "SamplesPerPixel")
-_TOLD += ("NumberOfFrames", "SliceThickness", *_REPEATS)
+_TAGS = (  # that are asked of every file
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "SeriesNumber",
+    "Modality",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "NumberOfFrames",
+    "SliceThickness",
+    *_REPEATS,
+)
 
 Sources = dict[str, Callable[[], IO[bytes]]]
 
@@ -172,7 +181,7 @@ def _unzipping(path: Path) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password
-        raise ValueError(f"{path} cannot be unzipped ({error}): copy it again, or give the folder it was") from error
+        raise ValueError(f"{path} cannot be unzipped ({error}): copy or export it again") from error
 
 
 def _grouped(sources: Sources) -> tuple[Series, ...]:
@@ -203,7 +212,7 @@ def _header(source: Callable[[], IO[bytes]]) -> pydicom.Dataset:
         warnings.simplefilter("ignore")  # values that break a rule of no interest here
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True)
-            for tag in _TOLD:
+            for tag in _TAGS:
                 header.get(tag)  # values are decoded when they are asked for
             return header
         except DAMAGE:

@@ -15,9 +15,16 @@ from medseg3d.io.voxels import plain_numbers, rescaled
 
 AIR = -1024  # HU
 _UNPHYSICAL = -2000  # HU; at or below it is padding, whatever the tags say
-# What pydicom raises over wrong bytes.
-DAMAGE = (AttributeError, EOFError, KeyError, NotImplementedError, TypeError, ValueError)
-DAMAGE += (pydicom.errors.BytesLengthException, pydicom.errors.InvalidDicomError)
+DAMAGE = (  # what pydicom raises over wrong bytes
+    AttributeError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    pydicom.errors.BytesLengthException,
+    pydicom.errors.InvalidDicomError,
+)
 
 
 def stored_pixels(source: Callable[[], IO[bytes]]) -> tuple[np.ndarray, bool]:

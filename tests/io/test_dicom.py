@@ -235,7 +235,7 @@ def test_a_damaged_zip_is_told_by_its_name(compression, series, tmp_path):
     content = bytearray((tmp_path / "scan.zip").read_bytes())
     content[len(content) // 3] ^= 0xFF
     (tmp_path / "scan.zip").write_bytes(content)
-    with pytest.raises(ValueError, match=r"scan\.zip cannot be unzipped \(.*copy it again"):
+    with pytest.raises(ValueError, match=r"scan\.zip cannot be unzipped \(.*copy or export it again"):
         read_volume(tmp_path / "scan.zip")
 
 

@@ -88,6 +88,8 @@ def test_csv_without_names_gets_some(run, folder, tmp_path):
     options = ("--dataset-dir", folder, "--labels", names)
     code, out, _ = run("check", tmp_path / "list.csv", *options)
     assert code == 0 and "(data set)  doubt  no case has label 3 (c)" in out
+    code, out, _ = run("check", tmp_path / "list.csv", "--dataset-dir", folder, "--labels", folder / "dataset.json")
+    assert code == 0 and out[-1] == "0 faults, 0 doubts" and out[4].split()[:2] == ["1", "left"]
 
 
 def test_json(run, folder):
@@ -109,6 +111,8 @@ def test_quick_looks_at_no_voxel(run, folder):
     break_one(folder)
     code, out, _ = run("check", folder, "--quick")
     assert code == 0 and out[-1] == "0 faults, 0 doubts" and not any("left" in line for line in out)
+    code, out, _ = run("check", folder, "--quick", "--json")
+    assert code == 0 and json.loads("\n".join(out))["labels"]["1"] == {"name": "left", "cases": None}
 
 
 def test_files_of_a_manifest(run, shared):
@@ -127,6 +131,8 @@ def test_files_of_a_manifest(run, shared):
         (["Dataset001_Two", "--manifest", "amos22"], 1, "lists no cases"),
         (["Dataset001_Two", "--patients", "x"], 1, "finds no patient"),
         (["Dataset001_Two", "--dataset-dir", "nowhere"], 2, "the dataset folder nowhere does not exist"),
+        (["Dataset001_Two", "--dataset-dir", "."], 2, "--dataset-dir is for the paths in a list; Dataset001_Two is"),
+        (["Dataset001_Two", "-o", "x.nii.gz"], 2, "x.nii.gz is to be a datalist: give a name that ends in .json"),
         (
             ["Dataset001_Two", "--patients", "p", "--make-folds", "2", "-o", "x.json"],
             1,
@@ -141,16 +147,18 @@ def test_errors(arguments, code, message, run, folder, monkeypatch):
     assert not (folder.parent / "x.json").exists()
 
 
-@pytest.mark.parametrize("output", ["Dataset001_Two/dataset.json", "list.json"])
-def test_the_list_that_is_read_is_not_written_over(output, run, folder, monkeypatch):
+@pytest.mark.parametrize("output", ["Dataset001_Two/dataset.json", "list.json", "names.json", "scan.json"])
+def test_files_that_are_read_are_not_written_over(output, run, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    source = "Dataset001_Two" if output.startswith("Dataset") else output
-    entry = {"image": "Dataset001_Two/imagesTr/p0_0_0000.nii.gz", "label": "Dataset001_Two/labelsTr/p0_0.nii.gz"}
+    source = "Dataset001_Two" if output.startswith("Dataset") else "list.json"
+    (folder.parent / "names.json").write_text('{"left": 1, "right": 2}')
+    (folder / "labelsTr" / "p0_0.nii.gz").rename(folder.parent / "scan.json")
+    entry = {"image": "Dataset001_Two/imagesTr/p0_0_0000.nii.gz", "label": "scan.json"}
     (folder.parent / "list.json").write_text(json.dumps({"training": [entry], "modality": "CT"}))
-    before = (folder.parent / output).read_text()
-    code, out, err = run("check", source, "-o", output)
-    assert (code, out) == (2, []) and f"the output {output} is the list that is read" in err[0]
-    assert (folder.parent / output).read_text() == before
+    before = (folder.parent / output).read_bytes()
+    code, out, err = run("check", source, "--labels", "names.json", "-o", output)
+    assert (code, out) == (2, []) and f"the output {output} is a file that is read: give another name" in err[0]
+    assert (folder.parent / output).read_bytes() == before
 
 
 def test_columns_that_are_not_read_are_doubts(run, folder, tmp_path):

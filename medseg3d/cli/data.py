@@ -24,22 +24,20 @@ def check(args: argparse.Namespace) -> int:
     """Look at a data set, and write it as a datalist."""
     from medseg3d.data.check import check_dataset
     from medseg3d.data.datasets import write_datalist
-    from medseg3d.data.folds import make_folds
     from medseg3d.data.manifest import load_manifest
 
     if args.make_folds is not None and args.output is None:
         raise UsageError("say with -o where the datalist with the folds goes")
     manifest = load_manifest(args.manifest) if args.manifest else None
     dataset = _dataset(args, manifest)
-    source = Path(args.data).expanduser()
-    if args.output and Path(args.output).resolve() in (path.resolve() for path in (source, source / "dataset.json")):
-        raise UsageError(f"the output {args.output} is the list that is read: give another name")
+    if args.output:
+        _require_new(args, dataset)
     status = Status(args.quiet, len(dataset.cases))
-    report = check_dataset(dataset, manifest, args.quick, lambda case: status.stage(case, "check"))
+    report = check_dataset(
+        dataset, manifest, args.quick, lambda case: status.stage(case, "check"), args.make_folds, args.seed
+    )
     status.clear()
-    dataset = _named(dataset, report)
-    if args.make_folds is not None:
-        dataset = make_folds(dataset, args.make_folds, args.seed, report.present)
+    dataset = report.dataset
     if args.json:
         print(json.dumps(_as_json(dataset, report), indent=2, ensure_ascii=False))
     else:
@@ -63,21 +61,26 @@ def _dataset(args: argparse.Namespace, manifest: Mapping[str, Any] | None) -> Da
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     require_folder(args.dataset_dir)
+    if args.dataset_dir and path.is_dir():
+        raise UsageError(f"--dataset-dir is for the paths in a list; {path} is a folder, in which they start: drop it")
     listed = path.is_file() or (path / "dataset.json").is_file() or (path / "imagesTr").is_dir()
     dataset = manifest_dataset(manifest, path) if manifest and not listed else read_dataset(path, args.dataset_dir)
     if args.labels:
         dataset = replace(dataset, labels={0: "background", **LabelTable.read_json(args.labels).names})
     if args.objects:
-        dataset = replace(dataset, objects=True, labels=dataset.labels or {0: "background", 1: "object"})
+        dataset = replace(dataset, objects=True)
     return with_patients(dataset, args.patients) if args.patients else dataset
 
 
-def _named(dataset: Dataset, report: Report) -> Dataset:
-    """Where no label has a name, those that were found get one, so that the datalist can be trained on."""
-    found = sorted(set().union(*report.present.values()))
-    if dataset.labels or not found:
-        return dataset
-    return replace(dataset, labels={0: "background"} | {n: f"label_{n}" for n in found})
+def _require_new(args: argparse.Namespace, dataset: Dataset) -> None:
+    """UsageError if the output is no datalist by its name, or a file that is read."""
+    if Path(args.output).suffix.lower() != ".json":
+        raise UsageError(f"the output {args.output} is to be a datalist: give a name that ends in .json")
+    source = Path(args.data).expanduser()
+    given = (Path(file).expanduser() for file in (args.labels, args.manifest) if file)
+    read = (source, source / "dataset.json", *given, *(file for case in dataset.cases for file in case.files))
+    if Path(args.output).resolve() in (file.resolve() for file in read):
+        raise UsageError(f"the output {args.output} is a file that is read: give another name")
 
 
 def _lines(dataset: Dataset, report: Report) -> Iterator[str]:
@@ -155,7 +158,11 @@ def _as_json(dataset: Dataset, report: Report) -> dict[str, Any]:
         "patients": len({case.patient for case in dataset.cases}),
         "splits": Counter(case.split for case in dataset.cases),
         "folds": Counter(case.fold for case in dataset.cases if case.fold is not None),
-        "labels": {n: {"name": name, "cases": present[n]} for n, name in dataset.labels.items() if n != 0},
+        "labels": {
+            n: {"name": name, "cases": present[n] if report.present else None}
+            for n, name in dataset.labels.items()
+            if n != 0
+        },
         "findings": [finding.__dict__ for finding in report.findings],
     }
 

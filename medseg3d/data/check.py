@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from medseg3d.data.datasets import Case, Dataset
-from medseg3d.data.manifest import checksums
+from medseg3d.data.folds import make_folds
+from medseg3d.data.known_files import KnownFiles
 from medseg3d.geometry import Geometry
-from medseg3d.io import RASTER_SUFFIXES, read_geometry, read_image, read_label_image, read_volume
-from medseg3d.io.digest import file_sha256
+from medseg3d.io import RASTER_SUFFIXES, read_geometry, read_image, read_label_image, read_label_table, read_volume
+from medseg3d.io.digest import voxels_sha256
 from medseg3d.io.formats import split_name
 from medseg3d.io.labels import count_labels, whole_numbers
 
@@ -48,8 +47,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Report:
-    """Findings, those on the whole data set last, and the facts of each case by its name."""
+    """Findings, those on the whole data set last, and the facts of each case by its name.
 
+    `dataset` is what was looked at, with the new folds, and with names where its labels had none: those that its label
+    maps have for them, else "label_1".
+    """
+
+    dataset: Dataset
     findings: tuple[Finding, ...]
     facts: Mapping[str, Facts] = field(default_factory=dict)
 
@@ -67,6 +71,8 @@ def check_dataset(
     manifest: Mapping[str, Any] | None = None,
     quick: bool = False,
     told: Callable[[Case], None] = lambda case: None,
+    folds: int | None = None,
+    seed: int = 0,
 ) -> Report:
     """Look at every file of a data set.
 
@@ -75,42 +81,53 @@ def check_dataset(
         manifest: a loaded manifest with cases; the files are compared with its sha256.
         quick: look at headers only: no voxels, no labels, no contents that are alike.
         told: is called with each case before it is looked at.
+        folds: how many the patients are dealt into, instead of the folds and splits that they have: see `make_folds`.
+        seed: of the folds.
 
     Raises:
-        ValueError: the manifest lists no cases.
+        ValueError: the manifest lists no cases, or so many folds cannot be.
     """
-    known = None if manifest is None else _Known(checksums(manifest), dataset.root)
+    known = None if manifest is None else KnownFiles(manifest, dataset.root)
+    if folds is not None:
+        make_folds(dataset, folds, seed)  # raises what it may before hours are spent on voxels
     findings: list[Finding] = [Finding("", "doubt", note) for note in dataset.notes]
     facts: dict[str, Facts] = {}
-    hashes: dict[str, str] = {}
+    images: dict[str, tuple[str, ...]] = {}  # the same where the voxels are
+    names: dict[int, str] = {}
     for case in dataset.cases:
         told(case)
-        look = _Look(dataset, case, quick)
+        look = _Look(dataset, case, quick, names)
         found = look.facts()
         if found is not None:
             facts[case.name] = found
-        if not quick or known is not None:
-            digests = {}
-            for file in case.files:
-                with suppress(OSError):  # a file that cannot be read is a fault of the case by now
-                    digests[file] = file_sha256(file)
-            hashes[case.name] = " ".join(digests.get(file, str(file)) for file in case.images)
-            if known is not None:
-                look.findings += known.differences(case, digests)
+        images[case.name] = tuple(look.images)
         findings += look.findings
-    findings += _channels(dataset) + _leaks(dataset) + _repeats(dataset, hashes)
+        if known is not None:
+            findings += [
+                Finding(case.name, "fault" if unfit else "doubt", text) for text, unfit in known.differences(case)
+            ]
+    present = Report(dataset, (), facts).present
+    dataset = _named(dataset, names, present)
+    if folds is not None:
+        dataset = make_folds(dataset, folds, seed, present)
+    findings += _channels(dataset) + _contoured(dataset) + _leaks(dataset)
+    findings += _repeats(dataset, images) + _shared_labels(dataset, images)
     findings += _gaps(dataset) + _unused_labels(dataset, facts)
-    if known is not None:
-        findings += known.unlisted()
-    return Report(tuple(sorted(findings, key=lambda finding: finding.case == "")), facts)
+    if known is not None and (more := known.unlisted()):
+        findings.append(Finding("", "doubt", f"the manifest has more files: {_listed(more)}"))
+    return Report(dataset, tuple(sorted(findings, key=lambda finding: finding.case == "")), facts)
 
 
 class _Look:
-    """A look at one case; what is wrong is gathered in `findings`."""
+    """A look at one case; what is wrong is gathered in `findings`, what tells its `images` from others', a text each.
 
-    def __init__(self, dataset: Dataset, case: Case, quick: bool) -> None:
-        self.dataset, self.case, self.quick = dataset, case, quick
+    The names that its label map has for labels are added to `names`.
+    """
+
+    def __init__(self, dataset: Dataset, case: Case, quick: bool, names: dict[int, str]) -> None:
+        self.dataset, self.case, self.quick, self.names = dataset, case, quick, names
         self.findings: list[Finding] = []
+        self.images: list[str] = []
 
     def facts(self) -> Facts | None:
         """What is known of the case; None if its image or label cannot be read."""
@@ -133,6 +150,7 @@ class _Look:
 
     def _image(self, file: Path) -> Grid | None:
         grid, array = self._read(file, label=False)
+        self.images.append(str(file.resolve()) if array is None else voxels_sha256(array))
         if array is not None:
             bad = array.size - int(np.count_nonzero(np.isfinite(array))) if array.dtype.kind == "f" else 0
             if bad:
@@ -143,6 +161,8 @@ class _Look:
 
     def _label(self, file: Path) -> tuple[Grid | None, dict[int, int] | None]:
         grid, array = self._read(file, label=True)
+        if grid is not None and not self.dataset.labels:
+            self._read_names(file)
         if array is None:
             return grid, None
         try:
@@ -153,6 +173,16 @@ class _Look:
         voxels = {n: count for n, count in counts.items() if n != 0}
         self._compare(file, voxels.keys())
         return grid, voxels
+
+    def _read_names(self, file: Path) -> None:
+        try:
+            table = read_label_table(file)
+        except ValueError as error:
+            self._tell("doubt", str(error))
+            return
+        for n, name in table.names.items() if table is not None else ():
+            if self.names.setdefault(n, name) != name:
+                self._tell("doubt", f"{file.name}: calls label {n} {name}, a label map before it {self.names[n]}")
 
     def _compare(self, file: Path, found: Collection[int]) -> None:
         """The labels in a label map but 0 with those that may be there."""
@@ -179,6 +209,8 @@ class _Look:
             if self.quick:
                 return read_geometry(file), None
             volume = read_volume(file)
+            for note in volume.header.get("notes", ()):
+                self._tell("doubt", f"{file.name}: {note}")
             return volume.geometry, volume.array
         except (ValueError, OSError, ImportError) as error:
             self._tell("fault", str(error))
@@ -207,50 +239,44 @@ def _differences(image: Grid, other: Grid) -> Iterator[tuple[Grade, str]]:
         yield grade, f"its voxels lie up to {apart:.3g} mm from the image's"
 
 
-class _Known:
-    """Files of a manifest, by path from the data set's folder or, where that is not known, by the end of the path."""
-
-    def __init__(self, sums: Mapping[str, str | None], root: Path) -> None:
-        self.by_path = {root / file: digest for file, digest in sums.items()}
-        self.by_name: dict[str, list[Path]] = defaultdict(list)
-        for file in self.by_path:
-            self.by_name[file.name].append(file)
-        self.seen: set[Path] = set()
-
-    def differences(self, case: Case, digests: Mapping[Path, str]) -> Iterator[Finding]:
-        for file in case.files:
-            known = self._entry(file)
-            if known is None:
-                yield Finding(case.name, "doubt", f"{file.name}: not in the manifest")
-                continue
-            self.seen.add(known)
-            wanted = self.by_path[known]
-            if wanted is not None and digests.get(file, wanted) != wanted:
-                yield Finding(case.name, "fault", f"{file.name}: its sha256 differs from the manifest's")
-
-    def _entry(self, file: Path) -> Path | None:
-        if file in self.by_path:
-            return file
-        return max(self.by_name.get(file.name, ()), key=lambda known: _common_end(file, known), default=None)
-
-    def unlisted(self) -> list[Finding]:
-        missing = sorted(file.name for file in self.by_path.keys() - self.seen)
-        return [Finding("", "doubt", f"the manifest has more files: {_listed(missing)}")] if missing else []
-
-
-def _common_end(a: Path, b: Path) -> int:
-    """How many parts of two paths are the same, counted from the end."""
-    same = (one == other for one, other in zip(reversed(a.parts), reversed(b.parts), strict=False))
-    return sum(1 for _ in takewhile(bool, same))
+def _named(dataset: Dataset, names: Mapping[int, str], present: Mapping[str, Collection[int]]) -> Dataset:
+    """Where no label has a name those of the label maps are taken; others that were found, or looked for, get one."""
+    if dataset.labels:
+        return dataset
+    if dataset.objects:
+        return replace(dataset, labels={0: "background", 1: "object"})
+    found = set().union(*present.values(), *(case.annotated or () for case in dataset.cases))
+    every = {n: f"label_{n}" for n in found if n > 0} | dict(names)
+    return replace(dataset, labels={0: "background"} | dict(sorted(every.items()))) if every else dataset
 
 
 def _channels(dataset: Dataset) -> list[Finding]:
-    """Cases whose image has another number of files than most have."""
-    usual = Counter(len(case.images) for case in dataset.cases).most_common(1)[0][0]
+    """Cases whose image has another number of files than the data set says, or else than most have."""
+    wanted = len(dataset.channels)
+    said = f"the data set has the channels {', '.join(dataset.channels)}"
+    if not wanted:
+        wanted = Counter(len(case.images) for case in dataset.cases).most_common(1)[0][0]
+        said = f"most cases have {wanted}"
     return [
-        Finding(case.name, "fault", f"files of the image, one a channel: {len(case.images)}; most cases have {usual}")
+        Finding(
+            case.name,
+            "fault",
+            f"files of the image, one a channel: {len(case.images)} ({_listed(f.name for f in case.images)}); {said}",
+        )
         for case in dataset.cases
-        if len(case.images) != usual
+        if len(case.images) != wanted
+    ]
+
+
+def _contoured(dataset: Dataset) -> list[Finding]:
+    """Numbers that were looked for, by the list, and are no label."""
+    unknown = {case.name: sorted(set(case.annotated or ()) - dataset.labels.keys()) for case in dataset.cases}
+    return [
+        Finding(
+            name, "fault", f"{_listed(numbers)} in contoured is no label of the data set ({_range(dataset.labels)})"
+        )
+        for name, numbers in unknown.items()
+        if numbers and dataset.labels
     ]
 
 
@@ -270,11 +296,11 @@ def _leaks(dataset: Dataset) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _repeats(dataset: Dataset, hashes: Mapping[str, str]) -> list[Finding]:
+def _repeats(dataset: Dataset, images: Mapping[str, tuple[str, ...]]) -> list[Finding]:
     """Cases with one and the same image."""
-    alike: dict[str, list[Case]] = defaultdict(list)
+    alike: dict[tuple[str, ...], list[Case]] = defaultdict(list)
     for case in dataset.cases:
-        alike[hashes.get(case.name) or " ".join(str(file.resolve()) for file in case.images)].append(case)
+        alike[images[case.name]].append(case)
     return [
         Finding(
             "",
@@ -283,6 +309,19 @@ def _repeats(dataset: Dataset, hashes: Mapping[str, str]) -> list[Finding]:
         )
         for cases in alike.values()
         if len(cases) > 1
+    ]
+
+
+def _shared_labels(dataset: Dataset, images: Mapping[str, tuple[str, ...]]) -> list[Finding]:
+    """Cases with one label map and different images."""
+    sharing: dict[Path, list[str]] = defaultdict(list)
+    for case in dataset.cases:
+        if case.label is not None:
+            sharing[case.label.resolve()].append(case.name)
+    return [
+        Finding("", "doubt", f"{_listed(names)} have the same label map, {file.name}, and different images")
+        for file, names in sharing.items()
+        if len({images[name] for name in names}) > 1
     ]
 
 

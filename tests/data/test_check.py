@@ -6,13 +6,16 @@ import hashlib
 import json
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
+from medseg3d.data import known_files
 from medseg3d.data.check import check_dataset
 from medseg3d.data.datasets import Case, Dataset
 from medseg3d.geometry import Geometry
-from medseg3d.io import write_image, write_label_image, write_volume
+from medseg3d.io import read_volume, write_image, write_label_image, write_label_map, write_volume
 from medseg3d.volume import Volume
 
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -131,7 +134,50 @@ def test_a_label_that_no_case_has(case):
 
 
 def test_without_names_no_label_is_unexpected(case):
-    assert findings(case("a", seg=with_value(label(), 9)), labels={}) == []
+    assert findings(case("a", seg=with_value(label(), 3)), labels={}) == []
+
+
+def test_labels_without_names_get_some_and_may_have_gaps(case):
+    """Or else a list is approved that training refuses."""
+    a = case("a", seg=with_value(label().astype(np.int8), -1))
+    dataset = Dataset("d", a.label.parent, (case("b", seg=label() * 2, annotated=(2, 4, 6)), a))
+    report = check_dataset(dataset)
+    assert report.dataset.labels == {0: "background"} | {n: f"label_{n}" for n in (1, 2, 4, 6)}
+    assert ("doubt", "no label is 3, 5: to train, number them 0 to 4") in [(f.grade, f.text) for f in report.findings]
+    assert check_dataset(replace(dataset, objects=True)).dataset.labels == {0: "background", 1: "object"}
+
+
+def test_names_that_label_maps_have_come_first(case):
+    a, b = case("a"), case("b", seg=with_value(label(), 4))
+    for c, name in ((a, "liver"), (b, "Leber")):
+        write_label_map(read_volume(c.label), c.label, {1: name, 2: "spleen", 3: "aorta", 4: "vein"})
+    for quick in (True, False):
+        report = check_dataset(Dataset("d", a.label.parent, (a, b)), quick=quick)
+        assert report.dataset.labels == dict(enumerate(("background", "liver", "spleen", "aorta", "vein")))
+        assert [(f.case, f.grade, f.text) for f in report.findings] == [
+            ("b", "doubt", "b_seg.nii.gz: calls label 1 Leber, a label map before it liver"),
+            *[("", "doubt", "no case has label 3 (aorta)")] * (not quick),
+        ]
+    a.label.with_name("a_seg.labels.json").write_text("{")
+    plain = replace(a, label=case("p", suffix=".mha").label)
+    a.label.with_name("p_seg.labels.json").write_text("{")
+    ((name, grade, text),) = findings(plain, labels={})
+    assert (name, grade) == ("a", "doubt") and "p_seg.labels.json: " in text
+
+
+def test_folds_are_dealt_with_those_that_there_are_left_aside(case):
+    a, b = case("a", patient="p", fold=0), case("b", patient="p", split="validation", fold=1)
+    dataset = Dataset("d", a.label.parent, (a, b, case("c"), case("t", patient="p", split="test")), LABELS)
+    (leak,) = check_dataset(replace(dataset, cases=dataset.cases[:3])).findings
+    assert leak.grade == "fault" and "patient p" in leak.text
+    report = check_dataset(replace(dataset, cases=dataset.cases[:3]), folds=2)
+    assert report.findings == () and len({c.fold for c in report.dataset.cases[:2]}) == 1
+    assert [f.grade for f in check_dataset(dataset, folds=2).findings] == ["fault"]
+
+
+def test_folds_that_cannot_be_are_told_before_anything_is_read(case):
+    with pytest.raises(ValueError, match="there can be no folds"):
+        check_dataset(Dataset("d", case("a").label.parent, (case("a"),)), told=lambda case: pytest.fail(), folds=2)
 
 
 def test_missing_and_damaged_files(case, tmp_path):
@@ -170,6 +216,45 @@ def test_the_same_image_twice(case):
     assert findings(a, replace(b, images=a.images), quick=True) == [("", "doubt", "a, b have the same image")]
 
 
+@pytest.mark.parametrize(("ends", "same"), [(("a.nii.gz", "b.nii"), True), (("a.mhd", "b.mhd"), False)])
+def test_images_are_the_same_by_their_voxels(ends, same, case, tmp_path):
+    """Not by the bytes of a file, which compression changes, and of which a header alone has no voxels."""
+    cases = [case("a"), case("b")]
+    for n, (c, name) in enumerate(zip(cases, ends, strict=True)):
+        file = tmp_path / "other" / name.replace(".mhd", f"{n}/ct.mhd")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        array = image(seed=0 if same else n)
+        sitk.WriteImage(sitk.GetImageFromArray(array.T), str(file)) if name.endswith("mhd") else write_volume(
+            Volume(array if n else array.astype(np.float64), AFFINE), file
+        )
+        cases[n] = replace(c, images=(file,))
+    assert (("", "doubt", "a, b have the same image") in findings(*cases)) == same
+
+
+def test_one_label_map_of_two_images(case):
+    a, b = case("a"), case("b")
+    for quick in (True, False):
+        assert findings(a, replace(b, label=a.label), quick=quick) == [
+            ("", "doubt", "a, b have the same label map, a_seg.nii.gz, and different images")
+        ]
+
+
+def test_a_number_that_is_no_label_was_looked_for(case):
+    a = case("a", annotated=(1, 2, 7))
+    text = "7 in contoured is no label of the data set (0 to 2)"
+    assert findings(a) == findings(a, quick=True) == [("a", "fault", text)]
+
+
+def test_notes_of_a_file_are_told(case):
+    """Such as that left and right cannot be trusted."""
+    a = case("a")
+    file = nib.load(a.images[0])
+    file.set_qform(shifted(50), 1)
+    nib.save(file, a.images[0])
+    ((name, grade, text),) = findings(a)
+    assert (name, grade) == ("a", "doubt") and text.startswith("a.nii.gz: sform and qform place voxels up to 50.0 mm")
+
+
 def test_hashes(case, tmp_path):
     a, b, c = (case(name) for name in "abc")
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (*a.files, *b.files)}
@@ -193,18 +278,14 @@ def test_hashes(case, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_check(case, monkeypatch):
-    from medseg3d.data import check
-
-    a, b = case("a"), case("b")
-    digest = check.file_sha256
+    a = case("a")
+    manifest = {"name": "m", "cases": [{"image": "a.nii.gz", "image_sha256": "0", "label": "a_seg.nii.gz"}]}
 
     def fails(path):
-        if path == a.images[0]:
-            raise PermissionError(13, "permission denied", str(path))
-        return digest(path)
+        raise PermissionError(13, "permission denied", str(path))
 
-    monkeypatch.setattr(check, "file_sha256", fails)
-    assert findings(a, b) == []
+    monkeypatch.setattr(known_files, "file_sha256", fails)
+    assert check_dataset(Dataset("d", a.label.parent, (a,), LABELS), manifest).findings == ()
 
 
 def test_files_of_one_name_in_several_folders_are_told_apart(case, tmp_path):
@@ -268,8 +349,10 @@ def test_a_channel_that_is_missing(case):
     a, b, c = (case(name) for name in "abc")
     second = {x.name: (*x.images, case(f"{x.name}_2").images[0]) for x in (a, b)}
     found = findings(replace(a, images=second["a"]), replace(b, images=second["b"]), c)
-    assert ("c", "fault", "files of the image, one a channel: 1; most cases have 2") in found
+    assert ("c", "fault", "files of the image, one a channel: 1 (c.nii.gz); most cases have 2") in found
     assert not [finding for finding in found if finding[0] in ("a", "b")]
+    text = "files of the image, one a channel: 1 (c.nii.gz); the data set has the channels CT, PET"
+    assert findings(c, channels=("CT", "PET"), quick=True) == [("c", "fault", text)]
 
 
 def test_a_number_that_no_label_has(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ DAMAGE = (  # what pydicom raises over wrong bytes
     ValueError,
     pydicom.errors.BytesLengthException,
     pydicom.errors.InvalidDicomError,
+    struct.error,
 )
 
 

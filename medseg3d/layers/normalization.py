@@ -89,7 +89,7 @@ def normalize_and_activate(
     """``leaky_relu(norm(x) + residual)``; without ``slope`` no activation.
 
     ``x_BC...`` must be of no further use to the caller and of none to the gradient of what made it, as is the output of
-    a convolution: it may be overwritten, unless a hook looks at a part of the ``block`` of layers that it comes from, or at the norm.
+    a convolution: it may be overwritten, unless a hook looks at the norm or another part of its ``block``.
     """
     if isinstance(norm, InstanceNorm | nn.GroupNorm) and _has_kernels(x) and not is_hooked(block or norm):
         if not torch.is_grad_enabled():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
 from medseg3d.io import Case, Inputs, find_inputs
-from medseg3d.io.formats import WRITABLE, split_name
+from medseg3d.outputs import FAILURES, STATISTICS, OutputPlan
 from medseg3d.report.ledger import Ledger
 from medseg3d.report.records import write_csv
 from medseg3d.report.run import case_record
-from medseg3d.report.statistics import write_statistics_csv, write_statistics_json
+from medseg3d.report.statistics import write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
     from medseg3d.pictures import Picture, PictureSegmentation, PictureSegmenter
@@ -32,7 +31,6 @@ if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
 
 logger = logging.getLogger(__name__)
 
-FAILURES = "failures.csv"
 _FAILURE = ("case", "input", "error")
 
 T = TypeVar("T")
@@ -75,102 +73,6 @@ class CaseResult:
             self.error,
             self.result.crop if self.result else None,
         )
-
-
-@dataclass(frozen=True)
-class OutputPlan:
-    """Where the files of each case go.
-
-    Args:
-        target: a file (its suffix names a format) for one case, or a folder.
-        suffix: format of the segmentations in a folder; by default .nii.gz, and .png of pictures.
-        statistics, preview: whether to write them too.
-        uncertainty: "entropy" or "margin" to write that map too, which the model was loaded to make.
-        pictures: what a model makes of pictures: "semantic", "instances" or "panoptic"; None for a model of scans.
-            Objects and segments go into COCO's JSON too, one beside each picture and one of the whole folder.
-    """
-
-    target: Path
-    suffix: str = ""
-    statistics: bool = False
-    preview: bool = False
-    uncertainty: str | None = None
-    pictures: str | None = None
-
-    @property
-    def writable(self) -> tuple[str, ...]:
-        """The formats of a segmentation, that of a folder first unless ``suffix`` says otherwise."""
-        if self.pictures is None:
-            return WRITABLE
-        return (".png",) if self.pictures == "panoptic" else (".png", ".tif", ".tiff")
-
-    @property
-    def is_file(self) -> bool:
-        return split_name(self.target)[1] in self.writable
-
-    @property
-    def folder(self) -> Path:
-        return self.target.parent if self.is_file else self.target
-
-    @property
-    def report(self) -> Path:
-        """Where the record of the run goes unless somebody says otherwise."""
-        return self.folder / (f"{split_name(self.target)[0]}.run.json" if self.is_file else "run.json")
-
-    def files(self, name: str) -> dict[str, Path]:
-        """Output kind -> path for the case of this name."""
-        stem = split_name(self.target)[0] if self.is_file else name
-        segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix or self.writable[0]}"
-        files = {"segmentation": segmentation}
-        if self.pictures in ("instances", "panoptic"):
-            files["json"] = segmentation.with_name(f"{split_name(segmentation)[0]}.json")
-        if self.statistics:
-            files["statistics"] = self.folder / f"{stem}.stats.json"
-            if self.is_file:  # a folder gets one table of all cases instead
-                files["statistics_csv"] = self.folder / f"{stem}.stats.csv"
-        if self.preview:
-            files["preview"] = self.folder / f"{stem}.preview.png"
-        if self.uncertainty:
-            files["uncertainty"] = self.folder / f"{stem}.{self.uncertainty}.nii.gz"
-        return files
-
-    def write_table(self, path: Path, statistics: dict[str, Any]) -> Path:
-        """Write the figures of cases by name, as CSV."""
-        if self.pictures is None:
-            return write_statistics_csv(path, statistics)
-        from medseg3d.report.picture_statistics import write_picture_statistics_csv
-
-        return write_picture_statistics_csv(path, statistics)
-
-    def prepare(self, inputs: Inputs) -> None:
-        """Make the folder, and refuse what cannot end well before any time is spent.
-
-        Raises:
-            ValueError: several cases for one file, a format that is not written, or an output that is an input.
-            OSError: the folder cannot be made or written to.
-        """
-        if self.is_file and len(inputs.cases) > 1:
-            many = f"{len(inputs.cases)} {'scans' if self.pictures is None else 'pictures'}"
-            raise ValueError(f"{many} cannot be written to one file, {self.target}: name a folder")
-        suffix = split_name(self.target)[1]
-        if suffix and not self.is_file and not self.target.is_dir():
-            raise ValueError(
-                f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(self.writable)}"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = os.strerror(error.errno or 0).lower()
-            raise OSError(
-                error.errno, f"cannot make the output folder {self.folder} ({reason}): name another"
-            ) from error
-        if not os.access(self.folder, os.W_OK):
-            raise PermissionError(13, f"no permission to write into the output folder {self.folder}: name another")
-        taken = {case.path.resolve() for case in inputs.cases}
-        for case in inputs.cases:
-            for path in self.files(case.name).values():
-                if path.resolve() in taken:
-                    raise ValueError(f"the output {path} is an input: name another output")
 
 
 def predict_many(
@@ -242,7 +144,7 @@ def _write_tables(plan: OutputPlan, ledger: Ledger) -> None:
         if "json" in files and ledger.is_of_this_model(name):  # others may have other classes
             documents.append(files["json"])
     if figures:
-        plan.write_table(plan.folder / "statistics.csv", figures)
+        plan.write_table(plan.folder / STATISTICS, figures)
     if documents:
         from medseg3d.io.results import join_results
 

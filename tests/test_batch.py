@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from medseg3d.batch import OutputPlan, predict_many
+from medseg3d.batch import predict_many
 from medseg3d.io import find_inputs
+from medseg3d.outputs import OutputPlan
 from tests import tiny_bundles as tiny
 
 
@@ -146,7 +147,7 @@ def test_refused_at_once(inputs, target, reason, model, scans, tmp_path, monkeyp
 
 
 def test_a_folder_that_may_not_be_written_to(model, ct_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("medseg3d.batch.os.access", lambda path, mode: False)
+    monkeypatch.setattr("medseg3d.outputs.os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="no permission to write into the output folder"):
         predict_many(model, ct_file, tmp_path)
 

@@ -104,18 +104,28 @@ def test_bad_scans(case, predict, tmp_path):
         (["-i", "ct.nii.gz", "-o", "out", "-m", "empty folder"], 1, "empty folder is not a MONAI Bundle"),
         (["-i", "ct.nii.gz", "-o", "out", "-d", "tpu"], 1, "unknown device 'tpu'; a device is auto, cpu, gpu"),
         (["-i", "ct.nii.gz", "-o", "out", "-d", "gpu:99"], 1, "device 'gpu:99' is not there"),
+        (["-i", "ct.nii.gz", "-o", "out", "--report", "ct.nii.gz"], 2, "cannot go to ct.nii.gz, it is an input"),
+        (["-i", "ct.nii.gz", "-o", "s.nii.gz", "--report", "s.nii.gz"], 2, "another output of the run goes there"),
+        (["-i", "ct.nii.gz", "-o", "s.mha", "-s", "--report", "s.stats.json"], 2, "another output of the run"),
+        (["-i", "ct.nii.gz", "-o", "out", "--report", "out/finished.json"], 2, "another output of the run"),
+        (["-i", "ct.nii.gz", "-o", "s.nii.gz", "--report", "s.labels.json"], 2, "another output of the run"),
+        (["-i", "ct.nii.gz", "-o", "out", "--report", "new.mha"], 2, ".mha is the suffix of an image"),
+        (["-i", "ct.nii.gz", "-o", "out", "--report", "slice0001"], 2, "what lies there is no report"),
+        (["-i", "ct.nii.gz", "-o", "out", "--report", "empty folder"], 2, "what lies there is no report"),
+        (["-i", "ct.nii.gz", "-o", "out", "--report", "text/run.json"], 1, "no file can be made in"),
     ],
 )
 def test_bad_options(options, expected, words, run, ct_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty folder").mkdir()
     (tmp_path / "text").write_text("")
+    (tmp_path / "slice0001").write_bytes(bytes(128) + b"DICM")
     for name in ("ct.nii.gz", "again.nii.gz"):
         shutil.copy(ct_file, name)
     code, out, err = run("predict", *options)
     assert (code, out, len(err)) == (expected, [], 1), err
     assert err[0].startswith("error: ") and words in err[0] and "Errno" not in err[0]
-    assert names(tmp_path) == ["again.nii.gz", "ct.nii.gz", "text"]
+    assert names(tmp_path) == ["again.nii.gz", "ct.nii.gz", "slice0001", "text"]
 
 
 def test_verbose_shows_the_traceback(run):

@@ -21,7 +21,7 @@ FLOORS = [
     {"data", "networks", "flops"},
     {"inference", "checkpoints", "compatibility"},
     {"report", "recipe", "runner"},
-    {"trial", "segmentation"},
+    {"trial", "segmentation", "outputs"},
     {"planning"},
     {"training", "segmenter", "several", "batch", "pictures"},
     {"bundle"},

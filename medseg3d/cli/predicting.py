@@ -33,8 +33,8 @@ _FOR_SCANS = (
 
 def predict(args: argparse.Namespace) -> int:
     """Segment scans or pictures and write the results."""
-    from medseg3d.batch import OutputPlan
     from medseg3d.io import find_inputs
+    from medseg3d.outputs import FAILURES, OutputPlan
 
     if args.output is None and not args.plan:
         raise UsageError("say with -o where the segmentation goes")
@@ -46,10 +46,11 @@ def predict(args: argparse.Namespace) -> int:
     target = Path(args.output or ".").expanduser()
     suffix = "" if pictures else OUTPUT_TYPES[args.output_type]
     plan = OutputPlan(target, suffix, args.statistics, args.preview, args.uncertainty, pictures)
+    report = None if args.report is None else Path(args.report).expanduser() if args.report else plan.report
     try:
         inputs = find_inputs(args.input, pictures is not None)
         if not args.plan:
-            plan.prepare(inputs)
+            plan.prepare(inputs, report)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for path, reason in inputs.skipped:
@@ -80,14 +81,13 @@ def predict(args: argparse.Namespace) -> int:
             outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
             records.append(outcome.record())
             _tell(outcome)
-    if args.report is not None:
-        path = Path(args.report) if args.report else plan.report
-        print(_write_report(path, segmenter, records, args, stopwatch.seconds))
+    if report is not None:
+        print(_write_report(report, segmenter, records, args, stopwatch.seconds))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed and len(outcomes) == 1:
         return OVER_MEMORY if failed[0].out_of_memory else ERROR
     if failed:
-        say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / 'failures.csv'}")
+        say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / FAILURES}")
     unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
     return SOME_FAILED if failed or unreadable else DONE
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.inferers import SimpleInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from monai.transforms import Activationsd, AsDiscreted, Compose, EnsureTyped, Invertd
 from torch import nn
 
@@ -138,6 +138,11 @@ def as_strategy(inferer: Any) -> Strategy | None:
         inferer.roi_weight_map,
         device=inferer.device,
     )
+
+
+def keeps_axes(inferer: Any) -> bool:
+    """Whether an inferer is known to give its network windows whose axes are the image's, or slices of ours."""
+    return as_strategy(inferer) is not None or type(inferer) in (SlidingWindowInferer, SlidingWindowInfererAdapt)
 
 
 def steps_of(transform: Any) -> Iterator[Callable]:

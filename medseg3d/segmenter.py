@@ -28,7 +28,7 @@ from medseg3d.inference.uncertainty import check_kind
 from medseg3d.io import LabelTable, as_volume
 from medseg3d.io.labels import unnamed_labels
 from medseg3d.planning import Afterwards, Plan, Room, make_plan, what_follows
-from medseg3d.recipe import Recipe, as_loaded, as_prediction, as_strategy, cropped_to_body, find_recipe
+from medseg3d.recipe import Recipe, as_loaded, as_prediction, as_strategy, cropped_to_body, find_recipe, keeps_axes
 from medseg3d.report.run import Stopwatch
 from medseg3d.runner import Runner
 from medseg3d.segmentation import Scan, Segmentation
@@ -69,8 +69,9 @@ class Segmenter:
         crop_body: lay windows over the box of the body only; what is left out, a warning tells.
 
     Raises:
-        ValueError: ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; or there
-            are no windows, or no Hounsfield units, to crop.
+        ValueError: ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; there
+            are no windows, or no Hounsfield units, to crop; or to mirror, the axes of the inferer's windows are not
+            known, or two labels are the same side of one name.
     """
 
     pictures = None  # for scans, see `medseg3d.pictures`
@@ -108,7 +109,13 @@ class Segmenter:
         self.max_ram, self.max_vram = max_ram, max_vram
         self.uncertainty = None if uncertainty is None else check_kind(uncertainty)
         self.room = Room(device, max_vram, planned=self.limited)
-        self.runner = Runner(network, device, precision, compile, mirror, side_pairs(table.names))
+        if mirror and not keeps_axes(inferer):
+            raise ValueError(
+                f"mirror needs windows with the axes of the scan, and those of {type(inferer).__name__} are "
+                "not known: leave mirror out"
+            )
+        pairs = side_pairs(table.names) if mirror else ()
+        self.runner = Runner(network, device, precision, compile, mirror, pairs)
         self.crop_body = crop_body
         if crop_body and not (expects_hu and isinstance(as_strategy(inferer), SubVolumes)):
             raise ValueError(f"{name} does not lay windows over a CT, so they cannot be cropped to the body")

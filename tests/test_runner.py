@@ -220,3 +220,22 @@ def test_slices_without_a_mirror_image_say_so(tmp_path, models, monkeypatch):
     monkeypatch.setattr(model, "inferer", ms.inference.CoarseToFine())
     with pytest.raises(ValueError, match="one organ has no mirror image on the patient's other side"):
         model.predict((tiny.ct(), tiny.LPS))
+
+
+def test_windows_of_unknown_axes_are_not_mirrored(tmp_path):
+    """Slices of MONAI's: the second axis of a slice may be any of the scan's."""
+    config = tiny.own_config({"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 3, "kernel_size": 1})
+    config["inferer"] = {"_target_": "SliceInferer", "roi_size": [32, 32], "spatial_dim": 0}
+    bundle = tiny.write_bundle(tmp_path / "slices", config, nn.Conv2d(1, 3, 1).state_dict())
+    with pytest.raises(ValueError, match="axes of the scan, and those of SliceInferer are not known"):
+        ms.load_model(bundle, "cpu", trust=True, mirror=True)
+    config["inferer"] |= {"_target_": "SlidingWindowInfererAdapt", "roi_size": [32, 32, 32]}
+    del config["inferer"]["spatial_dim"]
+    ms.load_model(tiny.write_bundle(tmp_path / "slices", config, None), "cpu", trust=True, mirror=True)
+
+
+def test_labels_of_one_side_and_name_matter_to_a_mirror_alone(tmp_path):
+    bundle = tiny.write_threshold_bundle(tmp_path / "twice", ("background", "lung left", "lung_left"))
+    ms.load_model(bundle, "cpu", trust=True)
+    with pytest.raises(ValueError, match="are both the left side"):
+        ms.load_model(bundle, "cpu", trust=True, mirror=True)

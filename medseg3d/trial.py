@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medseg3d.inference import SubVolumes
+from medseg3d.inference import CoarseToFine, SubVolumes
 from medseg3d.inference.feeding import device_of
 from medseg3d.inference.grid_map import AxisMap, edge_to_edge
 from medseg3d.inference.heads import split_head
@@ -128,12 +128,15 @@ def measure_window(strategy: Strategy, image_BC: torch.Tensor, network: Callable
         once = max(0.0, start - begin - seconds)
     if not isinstance(values, torch.Tensor):
         raise ValueError(f"a plan needs one tensor of logits, but the network returns a {type(values).__name__}")
+    own = values[0]
+    if isinstance(strategy, CoarseToFine) and len(own) == 1:
+        own = torch.cat([-own, own])  # it makes two classes of the organ's logit
     start = time.perf_counter()
-    Slab(0, 0, values[0], head).labels()
+    Slab(0, 0, own, head).labels()
     _finish(device)
     labelling = (time.perf_counter() - start) / prod(values.shape[2:])
     seconds += _blending(strategy, window, values) * len(batch)
-    return WindowCost(seconds, labelling, peak.ram, peak.vram, values.shape[1], once, values[0], head)
+    return WindowCost(seconds, labelling, peak.ram, peak.vram, values.shape[1], once, own, head)
 
 
 def _blending(strategy: Strategy, window: torch.Tensor, values: torch.Tensor) -> float:

@@ -48,7 +48,7 @@ def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap], softmax: bool = 
         Labels of the target's shape, uint8 (uint16 above 256 classes). The memory's order is that of the source's axes.
 
     Raises:
-        ValueError: a logit is not a number, or the slabs are not of the maps' source.
+        ValueError: there is one channel only, a logit is not a number, or the slabs are not of the maps' source.
     """
     bands = _bands(maps, normalised=True)
     labels = Returning(np.zeros([band.size for band in bands], np.uint8))

@@ -103,8 +103,13 @@ class Slab:
         """(...) the class of the largest logit, ties to the lower class; uint8, int32 above 256 classes.
 
         Raises:
-            ValueError: a logit is not a number.
+            ValueError: there is one channel only, or a logit is not a number.
         """
+        if self.classes < 2:
+            raise ValueError(
+                "one channel has no argmax: give two or more, those of background and object for one object, or take "
+                "the sigmoid of the logits and a threshold"
+            )
         labels = torch.empty(prod(self.values.shape[1:]), dtype=label_dtype(self.classes), device=self.values.device)
         for part, logits_KV in self.blocks():
             labels[part] = largest(logits_KV)[0]

@@ -59,7 +59,7 @@ class Strategy(ABC):
         """Class numbers (B, 1, *spatial), uint8 (int32 above 256 classes): the argmax of the logits, ties to the lower.
 
         Raises:
-            ValueError: a logit is not a number.
+            ValueError: the network gives one channel only, or a logit is not a number.
         """
         images = plain(inputs)
         labels: torch.Tensor | None = None

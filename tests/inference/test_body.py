@@ -273,9 +273,13 @@ def test_what_is_left_out_is_told(caplog):
 
 def test_fewer_windows_are_asked_of_the_network():
     seen = []
-    SubVolumes(6, 0.0, crop=BodyBox(-500, 0, 1)).label_map(
-        scan((60, 12, 12), box_of((6, 18), (0, 12), (0, 12))), lambda window: seen.append(window.min()) or window
-    )
+
+    def network(window):
+        seen.append(window.min())
+        return torch.cat([window, -window], 1)
+
+    image = scan((60, 12, 12), box_of((6, 18), (0, 12), (0, 12)))
+    SubVolumes(6, 0.0, crop=BodyBox(-500, 0, 1)).label_map(image, network)
     assert seen == [TISSUE] * 8
 
 

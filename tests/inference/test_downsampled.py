@@ -199,7 +199,7 @@ def test_progress_is_told_after_each_slice():
     strategy = Downsampled((4, 4), progress=lambda done, total: told.append((done, total)))
     strategy(noise(1, 1, 3, 7), identity)
     assert told == [(n, 7) for n in range(1, 8)]
-    strategy.label_map(noise(2, 1, 3, 7), identity)
+    strategy.label_map(noise(2, 2, 3, 7), identity)
     assert told[7:] == [(1, 2), (2, 2)]
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg3d.inference import slabs
+from medseg3d.inference import SubVolumes, slabs
 from medseg3d.inference.slabs import Head, Slab, label_dtype, largest
 
 
@@ -74,3 +74,8 @@ def test_no_more_logits_at_a_time_than_a_block(classes, monkeypatch):
     slab = Slab(0, 0, noise(classes, 5, 6, 7))
     sizes = [logits.numel() for _, logits in slab.blocks()]
     assert max(sizes) <= 90 and sum(sizes) == slab.values.numel()
+
+
+def test_one_channel_is_not_background_everywhere():
+    with pytest.raises(ValueError, match="one channel has no argmax"):
+        SubVolumes(8).label_map(noise(1, 1, 8, 8, 8), lambda window: window)

@@ -39,6 +39,7 @@ class Stitcher:
     ) -> None:
         self.scale = [out / roi for out, roi in zip(output.shape[2:], roi_size, strict=True)]
         self.shape = output.shape[2:]
+        self.padded = tuple(image_shape[2:])
         self.device = device or output.device
         size = [int(length * scale) for length, scale in zip(image_shape[2:], self.scale, strict=True)]
         self.sum = torch.zeros((image_shape[0], output.shape[1], *size), device=self.device)
@@ -57,8 +58,9 @@ class Stitcher:
         """The blended output without the padding."""
         blended = self.sum.div_(self.weight_sum)
         for axis, (b, size, scale) in enumerate(zip(before, image_size, self.scale, strict=True), start=2):
-            start, stop = round(b * scale), round((b + size) * scale)
-            blended = blended.narrow(axis, start, stop - start)
+            if size < self.padded[axis - 2]:  # else the size was rounded already, and down
+                start, stop = round(b * scale), round((b + size) * scale)
+                blended = blended.narrow(axis, start, stop - start)
         return blended
 
     def _scaled(self, window: Window) -> Window:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.inferers import sliding_window_inference
+from torch.nn import functional as F
 
 from medseg3d.inference import SubVolumes
 from medseg3d.inference.windows import importance_map, window_starts, windows
@@ -54,6 +56,20 @@ def test_what_a_network_leaves_alone_stays_as_it_is(size, roi, overlap, blend):
     """Whatever the size, also below the window's: blending identities gives the image, at every voxel."""
     x = noise(1, 2, *size)
     torch.testing.assert_close(SubVolumes(roi, overlap, blend)(x, identity), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(19, 16, 17), (23, 8, 5), (7, 21, 6), (16, 18, 27)])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_an_output_of_lower_resolution_is_that_of_monai(size, scale):
+    """For odd sizes too, of images larger and smaller than a window."""
+
+    def network(window):
+        return window.clone(), F.avg_pool3d(window, scale)
+
+    x = noise(1, 1, *size)
+    expected = sliding_window_inference(x, (8, 8, 8), 1, network, overlap=0.5, mode="gaussian")
+    for own, other in zip(SubVolumes((8, 8, 8), 0.5)(x, network), expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("blend", BLENDS)

@@ -93,6 +93,8 @@ def predict_many(
     A case that fails is yielded with its error and the next one begins; ``failures.csv`` in the output folder lists
     them. Several runs may write into one folder, at the same time too; its tables are of all that it holds. In a folder
     each finished case is noted, so that ``resume`` passes over those whose input, model and options are what they were.
+    A case that is done again by another model, or of another input, loses what lay beside its segmentation and this run
+    does not write.
 
     Args:
         segmenter: the loaded model.
@@ -129,15 +131,19 @@ def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Ge
             del outcome  # its arrays are not ours to keep while the next one is made
     if not plan.is_file:
         with run.ledger.read_anew():
-            _write_tables(plan, run.ledger)
+            _write_tables(plan, run.ledger, run.replaced)
             _write_failures(plan.folder / FAILURES, failures, {case.name for case in inputs.cases}, run.ledger)
 
 
-def _write_tables(plan: OutputPlan, ledger: Ledger) -> None:
-    """What is in one file for all finished cases of a folder, those of earlier runs too."""
+def _write_tables(plan: OutputPlan, ledger: Ledger, replaced: Collection[str]) -> None:
+    """What is in one file for all finished cases of a folder, those of earlier runs too.
+
+    ``replaced`` are the kinds of files that cases of this run had from another model or input.
+    """
     figures, documents = {}, []
+    counted = replace(plan, statistics=plan.statistics or "statistics" in replaced)
     for name, kinds in sorted(ledger.finished_cases.items()):
-        files = {kind: path for kind, path in plan.files(name).items() if kind in kinds and path.is_file()}
+        files = {kind: path for kind, path in counted.files(name).items() if kind in kinds and path.is_file()}
         if "statistics" in files:
             with suppress(ValueError):  # somebody else's file of that name
                 figures[name] = json.loads(files["statistics"].read_text(encoding="utf-8"))
@@ -145,6 +151,8 @@ def _write_tables(plan: OutputPlan, ledger: Ledger) -> None:
             documents.append(files["json"])
     if figures:
         plan.write_table(plan.folder / STATISTICS, figures)
+    elif "statistics" in replaced:
+        (plan.folder / STATISTICS).unlink(missing_ok=True)
     if documents:
         from medseg3d.io.results import join_results
 
@@ -194,6 +202,7 @@ class _Run:
     resume: bool
     allow_non_hu: bool
     progress: Callable[[Case, str], None] | None
+    replaced: set[str] = field(default_factory=set)  # kinds of files, of another model or input
 
     def read(self, case: Case) -> Scan | Picture | CaseResult:
         return _attempt(case, self._read, case)
@@ -233,9 +242,14 @@ class _Run:
         if self.ledger.is_of_another_input(case, files):
             words = f"{files['segmentation'].name} of another input was replaced: that had the same name, {case.name}"
             result = replace(result, warnings=(*result.warnings, words))
-        self.ledger.forget(case)  # the files of an earlier run are about to be replaced, one after another
+        same = self.ledger.has_labels_of(case)
+        had = self.ledger.forget(case)  # the files of an earlier run are about to be replaced, one after another
+        if not same:
+            self.replaced.update(had)
+            for path in self.plan.files_of_others(case.name, had):
+                path.unlink(missing_ok=True)
         _write(result, case, files, self.plan)
-        self.ledger.note(case, files)
+        self.ledger.note(case, had.union(files) if same else files)
         return CaseResult(case, result, files)
 
 

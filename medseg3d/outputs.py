@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from medseg3d.report.ledger import NAME as LEDGER
 from medseg3d.report.statistics import write_statistics_csv
 
 FAILURES, STATISTICS = "failures.csv", "statistics.csv"
+UNCERTAINTIES = ("entropy", "margin")
 TABLES = (FAILURES, STATISTICS, LEDGER)  # of a whole folder
 
 
@@ -72,6 +74,18 @@ class OutputPlan:
         if self.uncertainty:
             files["uncertainty"] = self.folder / f"{stem}.{self.uncertainty}.nii.gz"
         return files
+
+    def files_of_others(self, name: str, kinds: Collection[str]) -> set[Path]:
+        """Side files of these kinds for the case of this name that a run with other options writes, and this does not.
+
+        The segmentation is not among them: one in another format may be wanted beside this one.
+        """
+        plans = (
+            replace(self, statistics=True, preview=True, uncertainty=own, pictures="instances") for own in UNCERTAINTIES
+        )
+        files = {path: kind for plan in plans for kind, path in plan.files(name).items()}
+        own = self.files(name).values()
+        return {path for path, kind in files.items() if kind in kinds and kind != "segmentation" and path not in own}
 
     def write_table(self, path: Path, statistics: dict[str, Any]) -> Path:
         """Write the figures of cases by name, as CSV."""

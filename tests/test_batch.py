@@ -328,17 +328,35 @@ def test_statistics_of_a_resumed_run_have_every_case(model, scans, tmp_path):
     assert {row["case"] for row in rows(plan.folder / "statistics.csv")} == {"a", "c"}
 
 
-def test_tables_of_a_folder_keep_earlier_runs(model, scans, tmp_path, ct_file):
+def test_tables_of_a_folder_keep_earlier_runs(model, scans, tmp_path, ct_file, monkeypatch):
     plan = OutputPlan(tmp_path / "out", statistics=True)
     list(predict_many(model, [scans / "a.nii.gz", scans / "b.nii.gz"], plan))
     list(predict_many(model, scans / "c.nii.gz", plan))
     assert [row["case"] for row in rows(plan.folder / "statistics.csv")] == ["a", "c"]
     assert [row["case"] for row in rows(plan.folder / "failures.csv")] == ["b"]
-    list(predict_many(model, scans / "a.nii.gz", OutputPlan(tmp_path / "out")))  # its figures are of another run now
+    with monkeypatch.context() as other:
+        other.setitem(model.record, "bundle_sha256", "another model")
+        list(predict_many(model, scans / "a.nii.gz", OutputPlan(tmp_path / "out")))  # its figures are of the first
     shutil.copy(ct_file, scans / "b.nii.gz")
     list(predict_many(model, scans / "b.nii.gz", plan))
     assert [row["case"] for row in rows(plan.folder / "statistics.csv")] == ["b", "c"]
     assert not (plan.folder / "failures.csv").exists()
+
+
+def test_nothing_of_another_model_stays_beside_a_new_segmentation(model, scans, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    list(predict_many(model, [scans / "a.nii.gz", scans / "c.nii.gz"], OutputPlan(folder, "", True, True)))
+    list(predict_many(model, scans / "a.nii.gz", folder))
+    assert [row["case"] for row in rows(folder / "statistics.csv")] == ["a", "c"], "the same model has the same figures"
+    monkeypatch.setitem(model.record, "bundle_sha256", "another model")
+    (folder / "a.margin.nii.gz").touch()  # which no run of these noted
+    list(predict_many(model, scans / "a.nii.gz", folder))
+    sidecars = [name for name in names(folder) if name.startswith("a")]
+    assert sidecars == ["a.margin.nii.gz", "a_seg.labels.json", "a_seg.nii.gz"]
+    assert [row["case"] for row in rows(folder / "statistics.csv")] == ["c"]
+    list(predict_many(model, scans / "c.nii.gz", OutputPlan(folder, preview=True)))
+    assert (folder / "c.preview.png").is_file() and not (folder / "c.stats.json").exists()
+    assert not (folder / "statistics.csv").exists()
 
 
 def test_runs_at_the_same_time_share_a_folder(model, scans, tmp_path):

@@ -46,6 +46,13 @@ class Ledger:
         written = entry.pop("files", ())
         return set(files) <= set(written) and entry == self._key(case)
 
+    def has_labels_of(self, case: Case) -> bool:
+        """Whether what lies there has the labels that this run makes of the case, in whatever format."""
+        entry = self.entries.get(case.name)
+        if not isinstance(entry, dict):
+            return False
+        return all(entry.get(key) == value for key, value in self._key(case).items() if key != "suffix")
+
     def is_of_another_input(self, case: Case, files: dict[str, Path]) -> bool:
         """Whether the segmentation that lies there now was made of other voxels."""
         entry = self.entries.get(case.name)
@@ -61,12 +68,15 @@ class Ledger:
                 self.entries[case.name] = entry
                 write_json(self.folder / NAME, self.entries)
 
-    def forget(self, case: Case) -> None:
-        """The case is not finished any more."""
-        if self.folder is not None:
-            with self.read_anew():
-                if self.entries.pop(case.name, None) is not None:
-                    write_json(self.folder / NAME, self.entries)
+    def forget(self, case: Case) -> set[str]:
+        """The case is not finished any more; the kinds of the files that were written for it."""
+        if self.folder is None:
+            return set()
+        with self.read_anew():
+            kinds = self.finished_cases.get(case.name, set())
+            if self.entries.pop(case.name, None) is not None:
+                write_json(self.folder / NAME, self.entries)
+        return kinds
 
     @contextmanager
     def read_anew(self) -> Iterator[None]:

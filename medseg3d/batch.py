@@ -102,7 +102,8 @@ def predict_many(
         output: a folder, a file for a single case, or an :class:`OutputPlan`.
         progress: called, always on the caller's thread, with a case and the name of each stage as the run comes to it.
         background_io: read and write beside the network. False takes each case to its end before the next is begun,
-            which is slower but keeps one scan in memory; else there are up to three, and two results.
+            which is slower but keeps one scan in memory; else there are up to three, and two results. A segmenter whose
+            memory is limited does so in any case: its plans are of one scan.
 
     Raises:
         ValueError, OSError: nothing to read, or nowhere to write; before the first case.
@@ -115,7 +116,8 @@ def predict_many(
     model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
     ledger = Ledger(None if plan.is_file else plan.folder, {"model": model, **options})
     run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress)
-    return _results(run, found, plan, _overlapped if background_io else _one_by_one)
+    overlapped = background_io and not getattr(segmenter, "limited", False)
+    return _results(run, found, plan, _overlapped if overlapped else _one_by_one)
 
 
 def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Generator]) -> Iterator[CaseResult]:
@@ -173,7 +175,10 @@ def _write_failures(path: Path, failures: list[dict[str, Any]], tried: Collectio
 
 def _one_by_one(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, None, None]:
     for item in items:
-        yield function(item)
+        made = function(item)
+        del item  # nor are the arrays of these to be kept while the next one is made
+        yield made
+        del made
 
 
 def _overlapped(function: Callable[[S], T], items: Iterable[S]) -> Generator[T, None, None]:
@@ -217,6 +222,7 @@ class _Run:
             if not isinstance(got, CaseResult):
                 got = _attempt(case, self._segment, case, got)
             yield case, got
+            del got
 
     def write(self, item: tuple[Case, Segmentation | PictureSegmentation | CaseResult]) -> CaseResult:
         case, got = item

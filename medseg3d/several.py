@@ -59,6 +59,11 @@ class SeveralModels:
         """In which precision each network runs, and why."""
         return "; ".join(f"{model.name}: {model.precision}" for model in self.models)
 
+    @property
+    def limited(self) -> bool:
+        """Whether the memory of one of the models has a limit."""
+        return any(model.limited for model in self.models)
+
     def predict(
         self, image: Any, allow_non_hu: bool = False, progress: Callable[[str], None] | None = None
     ) -> Segmentation:

@@ -156,9 +156,11 @@ def test_a_slow_caller_holds_everything_up(model, scans, out):
     results.close()
 
 
-def test_one_after_the_other_where_that_is_asked_for(model, scans, out):
+@pytest.mark.parametrize("options", [{"background_io": False}, {}])
+def test_one_after_the_other_where_that_is_asked_for_or_memory_is_limited(model, scans, out, options):
+    model.limited = not options
     steps = ("read", "was read", "segment", "segmented", "write", "written")
-    for n, result in enumerate(predict_many(model, scans, out, background_io=False), 1):
+    for n, result in enumerate(predict_many(model, scans, out, **options), 1):
         assert model.log == [(step, name) for name in "abcd"[:n] for step in steps]
         assert finished(out)[-1] == result.case.name
     assert set().union(*model.threads.values()) == {threading.main_thread()}
@@ -189,6 +191,20 @@ def test_results_are_let_go(model, scans, out, background):
     model.when("segment", "d", lambda: gone(1))
     errors = []
     for result in predict_many(model, scans, out, background_io=background):
+        errors.append(result.error)
+        del result
+    assert errors == [None] * 4
+
+
+def test_one_after_the_other_no_earlier_result_is_held(model, scans, out):
+    def gone(n):
+        gc.collect()
+        assert model.results[n]() is None
+
+    for n, name in enumerate("bcd"):
+        model.when("segment", name, lambda n=n: gone(n))
+    errors = []
+    for result in predict_many(model, scans, out, background_io=False):
         errors.append(result.error)
         del result
     assert errors == [None] * 4

@@ -88,7 +88,7 @@ def predict_many(
 
     While the network works on one, the next is read and the result before is written, each on a thread. So a case
     is yielded, in order, once its files are on disk, when the network may be done with the next. Whatever ends the run,
-    Ctrl-C included, what is being written then is finished first and the threads end.
+    Ctrl-C included, what is being written then is finished first, the threads end, and the folder's tables are written.
 
     A case that fails is yielded with its error and the next one begins; ``failures.csv`` in the output folder lists
     them. Several runs may write into one folder, at the same time too; its tables are of all that it holds. In a folder
@@ -121,20 +121,25 @@ def predict_many(
 
 
 def _results(run: _Run, inputs: Inputs, plan: OutputPlan, each: Callable[..., Generator]) -> Iterator[CaseResult]:
-    failures = []
-    with (
-        closing(each(run.read, inputs.cases)) as scans,
-        closing(each(run.write, run.segmented(inputs.cases, scans))) as outcomes,
-    ):
-        for outcome in outcomes:
-            if outcome.error is not None:
-                failures.append({"case": outcome.case.name, "input": str(outcome.case.path), "error": outcome.error})
-            yield outcome
-            del outcome  # its arrays are not ours to keep while the next one is made
-    if not plan.is_file:
-        with run.ledger.read_anew():
-            _write_tables(plan, run.ledger, run.replaced)
-            _write_failures(plan.folder / FAILURES, failures, {case.name for case in inputs.cases}, run.ledger)
+    failures: list[dict[str, Any]] = []
+    tried: set[str] = set()
+    try:
+        with (
+            closing(each(run.read, inputs.cases)) as scans,
+            closing(each(run.write, run.segmented(inputs.cases, scans))) as outcomes,
+        ):
+            for outcome in outcomes:
+                tried.add(outcome.case.name)
+                if outcome.error is not None:
+                    row = outcome.case.name, str(outcome.case.path), outcome.error
+                    failures.append(dict(zip(_FAILURE, row, strict=True)))
+                yield outcome
+                del outcome  # its arrays are not ours to keep while the next one is made
+    finally:  # after Ctrl-C too, what is finished is in the tables
+        if not plan.is_file:
+            with run.ledger.read_anew():
+                _write_tables(plan, run.ledger, run.replaced)
+                _write_failures(plan.folder / FAILURES, failures, tried, run.ledger)
 
 
 def _write_tables(plan: OutputPlan, ledger: Ledger, replaced: Collection[str]) -> None:

@@ -204,6 +204,25 @@ def test_ctrl_c_is_not_a_failed_case(model, scans, tmp_path, monkeypatch):
     assert names(tmp_path / "out") == []
 
 
+def test_what_was_finished_before_ctrl_c_is_in_the_tables_and_the_report(model, scans, tmp_path, monkeypatch, predict):
+    segment, begun = type(model).segment, []
+
+    def until_the_second(self, scan, progress=None):
+        begun.append(scan)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return segment(self, scan, progress)
+
+    monkeypatch.setattr("medseg3d.segmenter.Segmenter.segment", until_the_second)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "failures.csv").write_text("case,input,error\nc,c.nii.gz,of an earlier run\n")
+    predict(scans, tmp_path / "out", "-s", "--report")
+    assert [row["case"] for row in rows(tmp_path / "out" / "statistics.csv")] == ["a"]
+    cases = json.loads((tmp_path / "out" / "run.json").read_text())["cases"]
+    assert [case["name"] for case in cases] == ["a"]
+    assert "c" in {row["case"] for row in rows(tmp_path / "out" / "failures.csv")}, "nobody has tried it again"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left on device")])
 def test_what_is_written_in_part_is_removed(error, model, ct_file, tmp_path, monkeypatch):
     def save(result, path):

@@ -74,21 +74,30 @@ def predict(args: argparse.Namespace) -> int:
     if args.plan:
         status.clear()
         return _print_plans(inputs.cases, segmenter, models, args.allow_non_hu)
-    outcomes, records = [], []
-    with stopwatch.stage("cases"):
-        for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
-            status.clear()
-            outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
-            records.append(outcome.record())
-            _tell(outcome)
-    if report is not None:
-        print(_write_report(report, segmenter, records, args, stopwatch.seconds))
+    # Found before the run, which may remove what an earlier one left.
+    unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
+    outcomes: list[CaseResult] = []
+    records: list[dict[str, Any]] = []
+    try:
+        with stopwatch.stage("cases"):
+            for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
+                status.clear()
+                outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
+                records.append(outcome.record())
+                _tell(outcome)
+                del outcome
+    finally:  # after Ctrl-C too, what is finished is in the report
+        if report is not None:
+            print(_write_report(report, segmenter, records, args, stopwatch.seconds))
+    return _exit_code(outcomes, bool(unreadable), plan.folder / FAILURES)
+
+
+def _exit_code(outcomes: Sequence[CaseResult], unreadable: bool, failures: Path) -> int:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed and len(outcomes) == 1:
         return OVER_MEMORY if failed[0].out_of_memory else ERROR
     if failed:
-        say(f"{len(failed)} of {len(outcomes)} cases failed; see {plan.folder / FAILURES}")
-    unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
+        say(f"{len(failed)} of {len(outcomes)} cases failed; see {failures}")
     return SOME_FAILED if failed or unreadable else DONE
 
 

@@ -99,19 +99,22 @@ def predict_many(
     Args:
         segmenter: the loaded model.
         inputs: files, folders, DICOM folders, zips, patterns; see :func:`medseg3d.io.find_inputs`.
-        output: a folder, a file for a single case, or an :class:`OutputPlan`.
+        output: a folder, a file for a single case, or an :class:`OutputPlan`. The map of uncertainty that a model makes
+            is written too.
         progress: called, always on the caller's thread, with a case and the name of each stage as the run comes to it.
         background_io: read and write beside the network. False takes each case to its end before the next is begun,
             which is slower but keeps one scan in memory; else there are up to three, and two results. A segmenter whose
             memory is limited does so in any case: its plans are of one scan.
 
     Raises:
-        ValueError, OSError: nothing to read, or nowhere to write; before the first case.
+        ValueError, OSError: nothing to read, nowhere to write, or a plan of another map of uncertainty; before the
+            first case.
     """
     pictures = segmenter.pictures
     found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs, pictures is not None)
     plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output), pictures=pictures)
-    plan.prepare(found)
+    plan = plan.of(getattr(segmenter, "uncertainty", None))
+    plan.prepare(found, resume=resume)
     options = {"suffix": plan.suffix or plan.writable[0], "allow_non_hu": allow_non_hu}
     model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
     ledger = Ledger(None if plan.is_file else plan.folder, {"model": model, **options})

@@ -26,7 +26,8 @@ class OutputPlan:
         target: a file (its suffix names a format) for one case, or a folder.
         suffix: format of the segmentations in a folder; by default .nii.gz, and .png of pictures.
         statistics, preview: whether to write them too.
-        uncertainty: "entropy" or "margin" to write that map too, which the model was loaded to make.
+        uncertainty: "entropy" or "margin" to write that map too, which the model was loaded to make; by default the
+            one that :func:`medseg3d.batch.predict_many` finds its model to make.
         pictures: what a model makes of pictures: "semantic", "instances" or "panoptic"; None for a model of scans.
             Objects and segments go into COCO's JSON too, one beside each picture and one of the whole folder.
     """
@@ -37,6 +38,9 @@ class OutputPlan:
     preview: bool = False
     uncertainty: str | None = None
     pictures: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", Path(self.target).expanduser())
 
     @property
     def writable(self) -> tuple[str, ...]:
@@ -95,20 +99,40 @@ class OutputPlan:
 
         return write_picture_statistics_csv(path, statistics)
 
-    def prepare(self, inputs: Inputs, report: Path | None = None) -> None:
+    def of(self, uncertainty: str | None) -> OutputPlan:
+        """The plan for a model that makes this map of uncertainty, or none.
+
+        Raises:
+            ValueError: the plan is of another map.
+        """
+        if self.uncertainty not in (None, uncertainty):
+            made = "none" if uncertainty is None else repr(uncertainty)
+            raise ValueError(
+                f"{self.uncertainty!r} is to be written, but the model makes {made}: load it with "
+                f"uncertainty={self.uncertainty!r}, or leave it out of the plan"
+            )
+        return replace(self, uncertainty=uncertainty)
+
+    def prepare(self, inputs: Inputs, report: Path | None = None, resume: bool = False) -> None:
         """Make the folder, and refuse what cannot end well before any time is spent.
 
         Args:
             report: where the record of the run goes, if there is one.
+            resume: whether what an earlier run finished is to be passed over.
 
         Raises:
-            ValueError: several cases for one file, a format that is not written, an output that is an input, or a
-                ``report`` that would replace an input, an output, or anything but an earlier one.
+            ValueError: several cases for one file, a format that is not written, an output that is an input, a file to
+                ``resume``, or a ``report`` that would replace an input, an output, or anything but an earlier one.
             OSError: the folder, or that of the report, cannot be made or written to.
         """
         if self.is_file and len(inputs.cases) > 1:
             many = f"{len(inputs.cases)} {'scans' if self.pictures is None else 'pictures'}"
             raise ValueError(f"{many} cannot be written to one file, {self.target}: name a folder")
+        if resume and self.is_file:
+            raise ValueError(
+                f"only a folder tells what it was made from, so {self.target} cannot be resumed: name a folder, or "
+                "leave resume out"
+            )
         suffix = split_name(self.target)[1]
         if suffix and not self.is_file and not self.target.is_dir():
             raise ValueError(

@@ -110,6 +110,12 @@ def test_through_the_segmenter(model, scans, tmp_path):
     assert order[:2] == ["read", "preprocess"] and order[-2:] == ["postprocess", "write"] and "network" in order
 
 
+def test_the_home_folder_of_a_user(model, ct_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (result,) = model.predict_many(ct_file, "~/out")
+    assert result.outputs["segmentation"] == tmp_path / "out" / "ct_seg.nii.gz"
+
+
 def test_cases_come_one_by_one(model, scans, tmp_path):
     """The first result is on disk before the second case is begun, where that is asked for."""
     results = predict_many(model, scans, tmp_path / "out", background_io=False)

@@ -96,6 +96,7 @@ def test_bad_scans(case, predict, tmp_path):
         (["-i", "empty folder", "-o", "out"], 2, "the folder holds no image file"),
         (["-i", "ct.nii.gz", "-o", "ct.nii.gz"], 2, "the output ct.nii.gz is an input"),
         (["-i", "ct.nii.gz", "again.nii.gz", "-o", "seg.nii.gz"], 2, "2 scans cannot be written to one file"),
+        (["-i", "ct.nii.gz", "-o", "seg.mha", "--resume"], 2, "seg.mha cannot be resumed: name a folder"),
         (["-i", "ct.nii.gz", "-o", "seg.mhd"], 2, "cannot write .mhd"),
         (["-i", "ct.nii.gz", "-o", "text"], 1, "cannot make the output folder text (file exists)"),
         (["-i", "ct.nii.gz", "-o", "text/seg.nii.gz"], 1, "cannot make the output folder text"),

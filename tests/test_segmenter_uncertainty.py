@@ -13,8 +13,10 @@ from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd
 from scipy import special, stats
 
 import medseg3d as ms
+from medseg3d.batch import predict_many
 from medseg3d.data.transforms import applied_frame
 from medseg3d.inference import CoarseToFine, Downsampled
+from medseg3d.outputs import OutputPlan
 from medseg3d.recipe import as_strategy
 from medseg3d.several import SeveralModels
 from tests import tiny_bundles as tiny
@@ -156,6 +158,16 @@ def test_what_was_not_made_is_not_written(models, ct_file, tmp_path):
     with pytest.raises(ValueError, match="load the model with uncertainty='entropy' or 'margin'"):
         models.threshold.predict(ct_file).save_uncertainty(tmp_path / "u.nii.gz")
     assert names(tmp_path) == []
+
+
+def test_a_batch_writes_the_map_that_its_model_makes(models, ct_file, tmp_path):
+    model = unsure(models.threshold, "entropy")
+    (result,) = model.predict_many(ct_file, tmp_path)
+    assert result.outputs["uncertainty"] == tmp_path / "ct.entropy.nii.gz" and result.outputs["uncertainty"].is_file()
+    for other, made in ((model, "'entropy'"), (models.threshold, "none")):
+        with pytest.raises(ValueError, match=f"'margin' is to be written, but the model makes {made}"):
+            predict_many(other, ct_file, OutputPlan(tmp_path, uncertainty="margin"))
+    assert not (tmp_path / "ct.margin.nii.gz").exists()
 
 
 # From the shell

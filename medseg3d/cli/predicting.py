@@ -50,7 +50,7 @@ def predict(args: argparse.Namespace) -> int:
     try:
         inputs = find_inputs(args.input, pictures is not None)
         if not args.plan:
-            plan.prepare(inputs, report)
+            plan.prepare(inputs, report, args.resume)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for path, reason in inputs.skipped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +14,12 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged, SaveImage, SaveImaged
 from torch import nn
 
+from medseg3d.bundle_weights import ensemble_of_files, own_weights, with_weights
 from medseg3d.catalogue import DEFAULT_MODEL, BundleInfo, find_bundle
-from medseg3d.checkpoints import CheckpointMismatch, load_checkpoint
-from medseg3d.checkpoints.files import read_weights
-from medseg3d.checkpoints.merging import mergings, order_of
 from medseg3d.compatibility import adapt_network
 from medseg3d.errors import in_words
 from medseg3d.inference import SubVolumes
 from medseg3d.inference.device import resolve_device
-from medseg3d.inference.ensemble import Ensemble
 from medseg3d.inference.precision import PRECISIONS
 from medseg3d.io import LabelTable
 from medseg3d.recipe import as_strategy, steps_of, strategy_named
@@ -33,6 +29,8 @@ from medseg3d.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from medseg3d.pictures import PictureSegmenter
+
+__all__ = ["ensemble_of_files", "load_model", "parts_of"]
 
 _PREPROCESSING = ("preprocessing", "pre_transforms")
 _POSTPROCESSING = ("postprocessing", "post_transforms")
@@ -62,8 +60,8 @@ def load_model(
         trust: a bundle's configs and scripts are code that runs here. Models that ship with medseg3d run without
             asking; for every other one say ``trust=True`` once you know where it comes from.
         compile, max_ram, max_vram, uncertainty, crop_body: see :class:`medseg3d.segmenter.Segmenter`.
-        weights: a file of the bundle's network instead of its own, or several: each a path or the name of one in the
-            bundle's ``models`` folder; several are averaged, see :func:`ensemble_of_files`.
+        weights: a file of the bundle's network instead of the one that its config loads, or several: each a path or the
+            name of one in the bundle's ``models`` folder; several are averaged, see :func:`ensemble_of_files`.
         mirror: average over mirror images: of left and right, or along the ``"mirror_axes"`` (of the network's grid,
             counted from 0) that the inference config names because its network was trained on them.
         strategy: "sub-volumes", "slices" or "downsampled" instead of the bundle's own, where its network permits.
@@ -103,7 +101,8 @@ def load_model(
     if bundle.pictures is not None:
         _refuse_for_pictures(bundle, {**settings, "uncertainty": uncertainty})
     inferer = _changed(inferer, network, strategy, overlap)
-    network, files, more_notes = _filled(network, [weights] if isinstance(weights, (str, Path)) else weights, bundle)
+    given = [weights] if isinstance(weights, (str, Path)) else weights
+    network, files, more_notes = with_weights(network, given, bundle, parser)
     if weights:
         settings["weights"] = [file_sha256(file) for file in files]
     network = network.to(torch_device).eval()
@@ -195,53 +194,11 @@ def parts_of(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network, _ = _network(parser, bundle)
-        if bundle.pictures and not changes and (bundle.path / "models" / "model.pt").is_file():
-            network, *_ = _filled(network, None, bundle)
+        if bundle.pictures and not changes and own_weights(bundle, parser).file.is_file():
+            network, *_ = with_weights(network, None, bundle, parser)
         preprocessing = Compose([]) if bundle.pictures else _resolved(parser, bundle, *_PREPROCESSING)
         inferer = _resolved(parser, bundle, "inferer")
     return network, preprocessing if bundle.pictures else _from_memory(preprocessing, bundle, inferer), inferer
-
-
-def ensemble_of_files(network: nn.Module, files: Sequence[str | Path], average: str = "logits") -> Ensemble:
-    """One network for each file of weights, and their mean: what a bundle's config has as its network.
-
-    Args:
-        network: of their architecture; it becomes the first, the others are copies.
-        files: in any layout that :mod:`medseg3d.checkpoints` knows.
-        average: "logits", as nnU-Net does it with the folds of one network, or "probabilities"; see
-            :class:`medseg3d.inference.ensemble.Ensemble`.
-
-    Raises:
-        ValueError: there are no files, or one does not fit; FileNotFoundError: one is missing.
-    """
-    paths = [Path(file) for file in files]
-    networks = [network, *(copy.deepcopy(network) for _ in paths[1:])]
-    if not paths:
-        raise ValueError("an ensemble needs a file of weights or more, got none")
-    for one, path in zip(networks, paths, strict=True):
-        _load_weights(one, path, path.name)
-    return Ensemble(networks, average=average)
-
-
-def _filled(
-    network: nn.Module, weights: Sequence[str | Path] | None, bundle: BundleInfo
-) -> tuple[nn.Module, list[Path], list[str]]:
-    """The network with its weights, the files they are from, and what there is to tell about them."""
-    models = bundle.path / "models"
-    if isinstance(network, Ensemble):
-        if weights:
-            raise ValueError(f"{bundle.name} is an ensemble whose config names its weights: leave weights out")
-        return network, [], []
-    files = [_weights_file(name, models) for name in weights or ()] or [models / "model.pt"]
-    networks = [network, *(copy.deepcopy(network) for _ in files[1:])]
-    notes = [note for one, file in zip(networks, files, strict=True) for note in _load_weights(one, file, bundle.name)]
-    filled = network if len(files) == 1 else Ensemble(networks, average="logits")
-    return filled, files, list(dict.fromkeys(notes))
-
-
-def _weights_file(name: str | Path, models: Path) -> Path:
-    path = Path(name).expanduser()
-    return models / path if not path.exists() and (models / path).is_file() else path
 
 
 def _record(bundle: BundleInfo, files: Sequence[Path]) -> dict[str, Any]:
@@ -321,29 +278,6 @@ def _allows_lower_precision(parser: ConfigParser) -> bool:
     if isinstance(amp, str) and amp.startswith("@"):
         amp = parser.get(amp[1:])
     return amp is True
-
-
-def _load_weights(network: nn.Module, path: Path, name: str) -> list[str]:
-    """Fill the whole network from a file of any layout that is known; what there is to tell about it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights of {name} are missing: there is no {path}")
-    try:
-        # How a network merges patches, its config and the metadata say, unless the file itself does.
-        built = order_of(network)
-        recorded = read_weights(path).record.get("merging_order") if mergings(network) else None
-        report = load_checkpoint(network, path, scope="", merging_order="auto" if recorded else built or "legacy")
-    except CheckpointMismatch as error:
-        reason = "; ".join([*error.report.problems(), *error.report.advice]) or str(error)
-        raise ValueError(f"the weights of {name} do not fit its {error.report.network}: {reason}") from error
-    except ValueError as error:
-        raise ValueError(f"the weights of {name} cannot be read: {error}") from error
-    notes = [note for note in report.notes if not note.endswith(": as asked")]
-    if recorded not in (None, built):
-        notes.append(
-            f"the bundle's config and the MONAI release that its metadata names mean the order {built!r}, but the "
-            "weights were saved with another, which is used"
-        )
-    return notes
 
 
 def _from_memory(preprocessing: Any, bundle: BundleInfo, inferer: Any) -> Compose:

@@ -21,8 +21,8 @@ from tests import tiny_bundles as tiny
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load(path):
-    return load_model(path, "cpu", trust=True, precision="fp32")
+def load(path, **options):
+    return load_model(path, "cpu", trust=True, precision="fp32", **options)
 
 
 def labels(model, scan):
@@ -106,6 +106,43 @@ def test_names_of_older_bundles(models, ct_file, tmp_path):
 
     model = load(tiny.write_zoo_bundle(tmp_path / "b", edit=edit))
     np.testing.assert_array_equal(labels(model, ct_file), labels(models.zoo, ct_file))
+
+
+LOADER = {"_target_": "CheckpointLoader", "load_path": "$@bundle_root + '/models/best.pt'"}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.update(handlers=[{**LOADER, "load_dict": {"model": "@network"}}]),
+        lambda config: config.update(handlers=[{**LOADER, "load_dict": {"epoch": "@epoch", "ema": "@network"}}]),
+        lambda config: config.update(checkpointloader={**LOADER, "load_dict": {"ema": "@network_def"}}, handlers=[]),
+        lambda config: config.update(ckpt_path=LOADER["load_path"], handlers=[]),
+        lambda config: config["handlers"][0].update(load_path="models/best.pt"),
+    ],
+)
+def test_the_weights_are_those_that_the_config_loads(edit, models, ct_file, tmp_path):
+    folder = tiny.write_zoo_bundle(tmp_path / "b", edit=edit, state=tiny.unet_state(3))
+    entry = "ema" if "ema" in (folder / "configs" / "inference.json").read_text() else "model"
+    saved = {"network": tiny.unet_state(3), entry: tiny.unet_state()} if entry == "ema" else tiny.unet_state()
+    torch.save(saved, folder / "models" / "best.pt")
+    model = load(folder)
+    np.testing.assert_array_equal(labels(model, ct_file), labels(models.zoo, ct_file))
+    assert model.record["weights"] == str(folder / "models" / "best.pt")
+    other = load(folder, weights="model.pt")
+    assert (labels(other, ct_file) != labels(model, ct_file)).any(), "what is asked for goes before"
+
+
+@pytest.mark.parametrize("of_author", [False, True])
+def test_without_the_file_that_the_config_names_it_is_the_usual_one(of_author, models, ct_file, tmp_path):
+    def edit(config):
+        config["handlers"][0]["load_path" if of_author else "_disabled_"] = (
+            "/home/author/best.pt" if of_author else True
+        )
+
+    model = load(tiny.write_zoo_bundle(tmp_path / "b", edit=edit))
+    np.testing.assert_array_equal(labels(model, ct_file), labels(models.zoo, ct_file))
+    assert any("loads /home/author/best.pt, which is not there" in note for note in model.notes) == of_author
 
 
 def test_nothing_is_written_by_the_bundle(bundles, models, ct_file):

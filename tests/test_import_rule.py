@@ -23,7 +23,7 @@ FLOORS = [
     {"report", "recipe", "runner"},
     {"trial", "segmentation", "outputs"},
     {"planning"},
-    {"training", "segmenter", "several", "batch", "pictures"},
+    {"training", "segmenter", "several", "batch", "pictures", "bundle_weights"},
     {"bundle"},
     {"compare"},
     {"medseg3d", "doctor"},

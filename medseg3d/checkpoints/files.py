@@ -55,17 +55,18 @@ class Weights:
     notes: list[str] = field(default_factory=list)
 
 
-def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
+def read_weights(source: str | os.PathLike[str] | Mapping[str, Any], entry: str | None = None) -> Weights:
     """The tensors of a .pt, .pth, .ckpt or .safetensors file, of a zip with one of these, or of a mapping.
 
-    What a file is, its content says and not its suffix.
+    What a file is, its content says and not its suffix. Of several sets of tensors ``entry`` names the one to take,
+    where there is such; else it is the one under a trainer's usual name.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
         ValueError: the file is damaged, holds objects other than tensors, or no tensors, or several sets of them.
     """
     if isinstance(source, Mapping):
-        return _from_content(source, "the given mapping")
+        return _from_content(source, "the given mapping", entry)
     if "://" in os.fspath(source):
         raise ValueError(f"{source} is an address; nothing is downloaded here: download the file and give its path")
     path = Path(source)
@@ -75,20 +76,20 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
         raise IsADirectoryError(f"{path} is a folder, a file of weights is needed; {advice}")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    return _read(path, str(path))
+    return _read(path, str(path), entry)
 
 
-def _read(file: Path | io.BytesIO, name: str) -> Weights:
+def _read(file: Path | io.BytesIO, name: str, entry: str | None) -> Weights:
     """Read a file, or a member of a zip that lies in memory."""
     head = _head(file)
     if not head:
         raise ValueError(f"{name} is empty (0 bytes): {_AGAIN}")
     if head.startswith(b"PK\x03\x04"):
-        return _from_zip(file, name)
+        return _from_zip(file, name, entry)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return _from_safetensors(file, name)
+        return _from_safetensors(file, name, entry)
     if _OLD_TORCH in head[:32]:
-        return _from_content(_torch_load(file, name, mmap=False), name)
+        return _from_content(_torch_load(file, name, mmap=False), name, entry)
     for beginning, reason in _NOT_WEIGHTS:
         if re.match(beginning, head):
             raise ValueError(f"{name} {reason}")
@@ -105,7 +106,7 @@ def _head(file: Path | io.BytesIO) -> bytes:
         return opened.read(512)
 
 
-def _from_zip(file: Path | io.BytesIO, name: str) -> Weights:
+def _from_zip(file: Path | io.BytesIO, name: str, entry: str | None) -> Weights:
     """torch.save writes zips, and so do others: TorchScript, torch.export, those who pack one checkpoint."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -119,12 +120,12 @@ def _from_zip(file: Path | io.BytesIO, name: str) -> Weights:
                 if member.CRC:  # torch.save may have been told to write none
                     _read_through(archive, member)
             if "data.pkl" not in ends:
-                return _from_member(archive, name)
+                return _from_member(archive, name, entry)
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         if isinstance(error, PermissionError):
             raise
         raise ValueError(f"{name} is damaged or was cut short ({error}): {_AGAIN}") from error
-    return _from_content(_torch_load(file, name, mmap=isinstance(file, Path)), name)
+    return _from_content(_torch_load(file, name, mmap=isinstance(file, Path)), name, entry)
 
 
 def _refuse_program(name: str, what: str, reader: str) -> NoReturn:
@@ -142,7 +143,7 @@ def _read_through(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
             pass
 
 
-def _from_member(archive: zipfile.ZipFile, name: str) -> Weights:
+def _from_member(archive: zipfile.ZipFile, name: str, entry: str | None) -> Weights:
     files = [member for member in archive.namelist() if not member.startswith("__MACOSX/")]
     members = [member for member in files if member.lower().endswith(SUFFIXES)]
     if len(members) != 1:
@@ -150,10 +151,10 @@ def _from_member(archive: zipfile.ZipFile, name: str) -> Weights:
             f"{name} is a zip with {len(members)} files of weights in it ({', '.join(members[:5] or files[:5])}), and "
             "one is needed: unpack it and give the path of the right file"
         )
-    return _read(io.BytesIO(archive.read(members[0])), f"{name}/{members[0]}")
+    return _read(io.BytesIO(archive.read(members[0])), f"{name}/{members[0]}", entry)
 
 
-def _from_safetensors(file: Path | io.BytesIO, name: str) -> Weights:
+def _from_safetensors(file: Path | io.BytesIO, name: str, entry: str | None) -> Weights:
     try:
         if isinstance(file, io.BytesIO):
             data = file.getvalue()
@@ -167,7 +168,7 @@ def _from_safetensors(file: Path | io.BytesIO, name: str) -> Weights:
         record = json.loads((metadata or {}).get(RECORD, "{}"))
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is damaged or was cut short ({error}): {_AGAIN}") from error
-    return _from_content({**tensors, RECORD: record} if record else tensors, name)
+    return _from_content({**tensors, RECORD: record} if record else tensors, name, entry)
 
 
 def _torch_load(file: Path | io.BytesIO, name: str, mmap: bool) -> Any:
@@ -199,9 +200,10 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
 
 
-def _from_content(content: Any, name: str) -> Weights:
-    """The one set of tensors in what a file holds: itself, or under a trainer's name for it."""
+def _from_content(content: Any, name: str, wanted: str | None) -> Weights:
+    """The one set of tensors in what a file holds: itself, or under the wanted or a trainer's name for it."""
     found = list(_sets_of_tensors(content))
+    found = [item for item in found if wanted in (item[0], item[0].partition(".")[0])] or found
     if not found:
         raise ValueError(f"{name} holds no tensors by name, which a state_dict is; it holds {_contents(content)}")
     if len(found) == 1:

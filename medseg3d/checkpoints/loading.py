@@ -31,6 +31,7 @@ def load_checkpoint(
     monai_version: str | None = None,
     interpolate_positions: bool = False,
     position_grid: Sequence[int] | None = None,
+    entry: str | None = None,
 ) -> CheckpointReport:
     """Load weights of medseg3d, of MONAI 0.6 to 1.6 or of the public pre-training codes into a network.
 
@@ -53,6 +54,7 @@ def load_checkpoint(
         interpolate_positions: resize position tables of another length, and in 2D those of Swin's windows, for further
             training.
         position_grid: tokens along each axis in the file's position table, if not a cube (in 2D a square).
+        entry: name of the set of tensors to take where the file has several, such as "ema".
 
     Returns:
         The report. It is logged as a warning unless `report.complete`, and where the order of merging is a guess.
@@ -65,7 +67,7 @@ def load_checkpoint(
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a part of the parameters, from 0 to 1, got {threshold}")
-    state, weights = _state(network), read_weights(source)
+    state, weights = _state(network), read_weights(source, entry)
     alignment = align(weights.tensors, state)
     report = CheckpointReport(weights.source, type(bare(network)).__name__, notes=_notes(weights, network))
     if interpolate_positions:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import RLock
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +92,9 @@ def load_model(
         )
     torch_device = resolve_device(device)
     table = LabelTable(bundle.labels)
-    with _importable(bundle.path):
+    own = OwnModules(bundle.path)
+    importing = own.importable if bundle.has_code else nullcontext
+    with own.importable():
         parser = _parser(bundle, torch_device)
         network, notes = _network(parser, bundle)
         preprocessing = _resolved(parser, bundle, *_PREPROCESSING)
@@ -111,7 +115,8 @@ def load_model(
     mirror = mirror and (parser.get("mirror_axes") or True)
     if bundle.pictures is not None:
         runner = Runner(network, torch_device, precision, compile, mirror)
-        return _of_pictures(bundle, runner, preprocessing, inferer, postprocessing, record, notes + more_notes)
+        parts = preprocessing, inferer, postprocessing
+        return _of_pictures(bundle, runner, *parts, record, notes + more_notes, importing)
     return Segmenter(
         network=network,
         preprocessing=_from_memory(preprocessing, bundle, inferer),
@@ -130,6 +135,7 @@ def load_model(
         max_vram=max_vram,
         uncertainty=uncertainty,
         crop_body=crop_body,
+        importing=importing,
     )
 
 
@@ -147,6 +153,7 @@ def _of_pictures(
     postprocessing: Any,
     record: Mapping[str, Any],
     notes: Sequence[str],
+    importing: Callable[[], AbstractContextManager],
 ) -> PictureSegmenter:
     from medseg3d.data.pictures import LoadPictured
     from medseg3d.data.results import SaveResultd, named
@@ -169,6 +176,7 @@ def _of_pictures(
         name=f"{bundle.name} {bundle.version}",
         record=record,
         notes=notes,
+        importing=importing,
     )
 
 
@@ -187,7 +195,7 @@ def parts_of(model: str | Path, trust: bool = False, **changes: Any) -> tuple[nn
     """
     bundle = find_bundle(model)
     bundle.require_trust(trust)
-    with _importable(bundle.path):
+    with OwnModules(bundle.path).importable():
         parser = _parser(bundle, torch.device("cpu"))
         if changes:
             parser["network_def"] = {**parser.get("network_def"), **changes}
@@ -304,18 +312,32 @@ def _keep(transform: Any, wanted: Callable[[Any], bool]) -> Compose:
     return Compose([step for step in steps_of(transform) if wanted(step)])
 
 
-@contextmanager
-def _importable(root: Path) -> Iterator[None]:
-    """A bundle's own ``scripts`` can be imported while it is built, as ``python -m monai.bundle run`` allows.
+class OwnModules:
+    """A bundle's own ``scripts``: they can be imported within ``importable``, as in ``python -m monai.bundle run``.
 
-    Afterwards they are forgotten, since the next bundle has other modules of the same names.
+    Outside they are forgotten, since the next bundle has other modules of the same names; so one bundle with code runs
+    at a time.
     """
-    known, own = set(sys.modules), {path.stem for path in root.iterdir()}
-    sys.path.insert(0, str(root))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(root))
-        for name in set(sys.modules) - known:
-            if name.split(".")[0] in own:
-                del sys.modules[name]
+
+    _alone = RLock()
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.names = {path.stem for path in root.iterdir()}
+        self.modules: dict[str, ModuleType] = {}
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        with self._alone:
+            hidden = {name: sys.modules[name] for name in self.modules if name in sys.modules}
+            known = set(sys.modules) - set(self.modules)
+            sys.modules.update(self.modules)
+            sys.path.insert(0, self.root)
+            try:
+                yield
+            finally:
+                sys.path.remove(self.root)
+                for name in set(sys.modules) - known:
+                    if name.split(".")[0] in self.names:
+                        self.modules[name] = sys.modules.pop(name)
+                sys.modules.update(hidden)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -133,6 +133,7 @@ class PictureSegmenter:
         name: name and version, for titles and reports.
         record: what a run report says of the model.
         notes: what was adapted when the model was loaded.
+        importing: within it the parts run, for modules of their own that they import only then.
 
     Raises:
         ValueError: mirror images of a network whose inferer is none of medseg3d's strategies.
@@ -149,6 +150,7 @@ class PictureSegmenter:
         name: str,
         record: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        importing: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.runner = runner
         self.network, self.device = runner.network, runner.device
@@ -161,6 +163,7 @@ class PictureSegmenter:
         self.name = name
         self.record = dict(record or {})
         self.notes = tuple(notes)
+        self.importing = importing
         if runner.mirror and self._strategy is None:
             raise ValueError(f"mirror images are averaged as logits, which {name} does not give: leave mirror out")
 
@@ -210,6 +213,10 @@ class PictureSegmenter:
 
     def segment(self, picture: Picture, progress: Callable[[str], None] | None = None) -> PictureSegmentation:
         """The second half of :meth:`predict`: segment a picture that was read."""
+        with self.importing():
+            return self._segment(picture, progress)
+
+    def _segment(self, picture: Picture, progress: Callable[[str], None] | None) -> PictureSegmentation:
         stopwatch, warnings = Stopwatch(progress), list[str]()
         source = "picture" if picture.path is None else picture.path.name
         with stopwatch.stage("preprocess"):

@@ -6,7 +6,7 @@ Shape legend: arrays are (D, H, W); image_BCDHW and logits_BKDHW go through the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -67,6 +67,7 @@ class Segmenter:
         uncertainty: "entropy" or "margin": how sure the network is of each voxel, made with the labels, see
             :mod:`medseg3d.inference.uncertainty`.
         crop_body: lay windows over the box of the body only; what is left out, a warning tells.
+        importing: within it the parts run, for modules of their own that they import only then.
 
     Raises:
         ValueError: ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; there
@@ -95,6 +96,7 @@ class Segmenter:
         max_vram: int | None = None,
         uncertainty: str | None = None,
         crop_body: bool = False,
+        importing: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.network = network
         self.preprocessing = preprocessing
@@ -117,6 +119,7 @@ class Segmenter:
         pairs = side_pairs(table.names) if mirror else ()
         self.runner = Runner(network, device, precision, compile, mirror, pairs)
         self.crop_body = crop_body
+        self.importing = importing
         if crop_body and not (expects_hu and isinstance(as_strategy(inferer), SubVolumes)):
             raise ValueError(f"{name} does not lay windows over a CT, so they cannot be cropped to the body")
         recipe = find_recipe(inferer, postprocessing)
@@ -163,6 +166,10 @@ class Segmenter:
 
     def segment(self, scan: Scan, progress: Callable[[str], None] | None = None) -> Segmentation:
         """The second half of :meth:`predict`: segment a scan that was read."""
+        with self.importing():
+            return self._segment(scan, progress)
+
+    def _segment(self, scan: Scan, progress: Callable[[str], None] | None) -> Segmentation:
         stopwatch = Stopwatch(progress)
         volume, warnings = scan.volume, [*scan.warnings]
         with stopwatch.stage("preprocess"):
@@ -187,6 +194,10 @@ class Segmenter:
             ValueError: the bundle does more than the usual at its end, so that it is carried out as it stands.
             OverMemoryLimit: the scan does not fit into ``max_ram`` and ``max_vram``.
         """
+        with self.importing():
+            return self._whole_plan(scan)
+
+    def _whole_plan(self, scan: Scan) -> Plan:
         stopwatch = Stopwatch()
         with peak_memory(torch.device("cpu")) as before, stopwatch.stage("preprocess"):
             data = self.preprocessing({"image": as_loaded(scan.volume)})

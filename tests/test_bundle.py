@@ -175,6 +175,45 @@ def test_each_bundle_has_its_own_scripts(ct_file, tmp_path):
     assert "scripts" not in sys.modules and not {str(tmp_path / "b0.05"), str(tmp_path / "b0.8")} & set(sys.path)
 
 
+LATE = """
+import torch
+
+class Net(torch.nn.Conv3d):
+    def forward(self, window):
+        from scripts.helper import act
+        return act(super().forward(window))
+
+class Label:
+    def __call__(self, data):
+        from scripts.helper import moved
+        return {**data, "pred": moved(data["pred"])}
+"""
+
+
+def with_late_imports(folder, label):
+    """Every voxel gets the label, by modules that are imported when the first scan is there."""
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "scripts" / "net.py").write_text(LATE)
+    (folder / "scripts" / "helper.py").write_text(
+        f"def act(x):\n    return 0 * x\n\ndef moved(pred):\n    return 0 * pred + {label}\n"
+    )
+
+    def edit(config):
+        config["network_def"] = {"_target_": "scripts.net.Net", "in_channels": 1, "out_channels": 3, "kernel_size": 1}
+        config["postprocessing"]["transforms"].insert(3, {"_target_": "scripts.net.Label"})
+
+    return tiny.write_zoo_bundle(folder, edit=edit, state=torch.nn.Conv3d(1, 3, 1).state_dict())
+
+
+def test_a_bundle_imports_its_own_scripts_while_it_segments(ct_file, tmp_path):
+    models = [load(with_late_imports(tmp_path / f"late{label}", label)) for label in (1, 2)]
+    for _ in range(2):
+        for label, model in enumerate(models, 1):
+            assert (labels(model, ct_file) == label).all()
+    models[0].plan(models[0].read(ct_file))
+    assert not {name for name in sys.modules if name.split(".")[0] == "scripts"}
+
+
 # What cannot run
 
 

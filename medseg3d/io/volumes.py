@@ -72,7 +72,8 @@ def read_geometry(path: str | Path) -> Geometry:
 def as_volume(image: Any) -> Volume:
     """A Volume from a path, a nibabel or SimpleITK image, an (array, affine) pair, a MetaTensor or a Volume.
 
-    An array is (D, H, W), its affine (4, 4) maps voxel indices to mm, RAS+. A MetaTensor is that, or (1, D, H, W).
+    An array, or tensor, is (D, H, W), its affine (4, 4) maps voxel indices to mm, RAS+. A MetaTensor is that, or
+    (1, D, H, W).
 
     Raises:
         TypeError: for anything else.
@@ -93,7 +94,7 @@ def as_volume(image: Any) -> Volume:
     if hasattr(image, "affine") and hasattr(image, "detach"):
         return _from_metatensor(image)
     if isinstance(image, (tuple, list)) and len(image) == 2:
-        return _in_memory(np.asarray(image[0]), image[1], "the array")
+        return _in_memory(_array_of(image[0]), image[1], "the array")
     raise TypeError(
         f"cannot make a volume of {type(image).__name__}; give a path, a nibabel or SimpleITK image,"
         " a pair (array, affine), a MetaTensor or a Volume"
@@ -222,8 +223,16 @@ def _in_memory(array: np.ndarray, affine: Any, name: str) -> Volume:
     return Volume(plain_numbers(array.reshape(shape), name), np.asarray(affine), {"format": "memory", "units": "mm"})
 
 
+def _array_of(array: Any) -> np.ndarray:
+    """An array, or a tensor of any device and type: NumPy knows no bfloat16."""
+    if not hasattr(array, "detach"):
+        return np.asarray(array)
+    tensor = array.detach().cpu()
+    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
+
+
 def _from_metatensor(image: Any) -> Volume:
-    array, affine = image.detach().cpu().numpy(), np.asarray(image.affine.detach().cpu(), dtype=np.float64)
+    array, affine = _array_of(image), np.asarray(image.affine.detach().cpu(), dtype=np.float64)
     if array.ndim == 4:
         if array.shape[0] != 1:
             raise ValueError(f"the MetaTensor has {array.shape[0]} channels; medseg3d takes one: select it")

@@ -252,6 +252,16 @@ def test_every_input_type_gives_the_same_volume(tmp_path, ct):
     assert as_volume(image).header["format"] == "nifti"
 
 
+def test_tensors_of_bfloat16_which_numpy_does_not_know(ct):
+    torch = pytest.importorskip("torch")
+    tensor = torch.from_numpy(ct.array.astype(np.float32)).bfloat16()
+    meta = pytest.importorskip("monai.data").MetaTensor(tensor, affine=torch.from_numpy(ct.affine.copy()))
+    for image in ((tensor, ct.affine), meta):
+        volume = as_volume(image)
+        assert volume.dtype == np.float32 and volume.geometry.same_as(ct.geometry)
+        np.testing.assert_array_equal(volume.array, tensor.float().numpy())
+
+
 def test_a_metatensor_loses_its_channel_and_keeps_its_space(ct):
     torch = pytest.importorskip("torch")
     MetaTensor = pytest.importorskip("monai.data").MetaTensor

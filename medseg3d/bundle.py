@@ -22,7 +22,7 @@ from medseg3d.compatibility import adapt_network
 from medseg3d.errors import in_words
 from medseg3d.inference import SubVolumes
 from medseg3d.inference.device import resolve_device
-from medseg3d.inference.precision import PRECISIONS
+from medseg3d.inference.precision import check_precision
 from medseg3d.io import LabelTable
 from medseg3d.recipe import as_strategy, steps_of, strategy_named
 from medseg3d.report.run import file_sha256, model_record
@@ -82,8 +82,6 @@ def load_model(
         UntrustedBundle: a foreign bundle without ``trust``.
         FileNotFoundError: the bundle has no weights.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     bundle = find_bundle(model)
     bundle.require_trust(trust)
     if not bundle.labels:
@@ -91,6 +89,7 @@ def load_model(
             f"{bundle.name} does not segment: {bundle.metadata.get('task', 'its metadata names no labels')}"
         )
     torch_device = resolve_device(device)
+    check_precision(precision, torch_device)
     table = LabelTable(bundle.labels)
     own = OwnModules(bundle.path)
     importing = own.importable if bundle.has_code else nullcontext
@@ -127,7 +126,7 @@ def load_model(
         name=f"{bundle.name} {bundle.version}",
         expects_hu=bundle.input_format.get("format") == "hounsfield",
         record=record,
-        notes=notes + more_notes,
+        notes=notes + more_notes + _unheeded(max_vram, torch_device),
         compile=compile,
         precision=precision,
         mirror=mirror,
@@ -137,6 +136,12 @@ def load_model(
         crop_body=crop_body,
         importing=importing,
     )
+
+
+def _unheeded(max_vram: int | None, device: torch.device) -> list[str]:
+    if max_vram is None or device.type == "cuda":
+        return []
+    return [f"max_vram is of the memory of a CUDA device, and the network runs on {device.type}: it limits nothing"]
 
 
 def _refuse_for_pictures(bundle: BundleInfo, given: Mapping[str, Any]) -> None:

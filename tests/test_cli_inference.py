@@ -90,5 +90,18 @@ def test_over_the_limit_is_exit_code_5(options, predict, ct_file, tmp_path):
 
 
 def test_a_generous_limit_changes_nothing(predict, ct_file, tmp_path):
-    code, out, err = predict(ct_file, tmp_path / "seg.nii.gz", "--max-ram", "1T", "--max-vram", "1T")
+    code, out, err = predict(ct_file, tmp_path / "seg.nii.gz", "--max-ram", "1T")
     assert (code, err) == (0, []) and out == [str(tmp_path / "seg.nii.gz")]
+
+
+def test_a_limit_of_a_device_that_is_not_used_is_told(predict, ct_file, tmp_path):
+    code, _, err = predict(ct_file, tmp_path / "seg.nii.gz", "--max-vram", "1M")
+    assert code == 0 and err == [
+        "note: max_vram is of the memory of a CUDA device, and the network runs on cpu: it limits nothing"
+    ]
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_any_case(predict, ct_file, tmp_path):
+    scans = [ct_file, tiny.write_ct(tmp_path / "other.nii.gz")]
+    code, out, err = predict(scans, tmp_path / "out", "--precision", "fp16")
+    assert (code, out, len(err)) == (1, [], 1) and "needs a GPU" in err[0]

@@ -66,6 +66,16 @@ class Precision:
     autocast: bool = False
 
 
+def check_precision(wanted: str, device: torch.device) -> None:
+    """ValueError where no network runs in the precision: it is unknown, or "fp16" on a CPU."""
+    if wanted not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {wanted!r}")
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError(
+            "precision 'fp16' needs a GPU: CPUs are slow in it and its sums overflow; take 'bf16' or 'fp32'"
+        )
+
+
 def choose_precision(
     network: Callable,
     window_BC: torch.Tensor,
@@ -94,14 +104,9 @@ def choose_precision(
         ValueError: ``wanted`` is unknown, it is "fp16" on a CPU, or the network does not run in it.
     """
     device = torch.device(device)
-    if wanted not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {wanted!r}")
+    check_precision(wanted, device)
     if wanted == "fp32":
         return Precision(torch.float32, "float32 was asked for")
-    if wanted == "fp16" and device.type == "cpu":
-        raise ValueError(
-            "precision 'fp16' needs a GPU: CPUs are slow in it and its sums overflow; take 'bf16' or 'fp32'"
-        )
     if wanted == "auto":
         missing = _why_no_bfloat16(device)
         if missing:

@@ -9,7 +9,7 @@ have the image's spatial axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -99,6 +99,11 @@ class CoarseToFine(Streamed):
         for start, mask in enumerate(torch.from_numpy(last.mask)):
             logits = torch.stack([~mask, mask]).float().clamp_(min=LEAST).log_()
             yield Slab(0, start, logits[:, None].to(image_BC.device))
+
+    def count(self, image_size: Sequence[int]) -> int:
+        """Slices at most: all of them in each round, though fine ones skip and crop."""
+        axes = len(image_size)
+        return (1 + self.max_rounds) * sum(image_size[axis % axes] for axis in self.slices.axes)
 
     def rounds(self, image_BC: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Iterator[Round]:
         """Round after round of one image (1, C, *spatial).

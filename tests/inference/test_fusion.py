@@ -178,6 +178,14 @@ def test_fine_networks_see_crops_around_the_last_mask():
     assert seen == [(1, 3, *(part.stop - part.start for part in box)) for box in boxes.values()]
 
 
+def test_the_slices_of_all_rounds_are_counted_at_most():
+    seen = []
+    strategy = CoarseToFine(Slices((0, -1), batch_size=3), max_rounds=4)
+    image = torch.ones(1, 1, 5, 6, 7)  # of which every voxel is the organ, in every slice and round
+    rounds = list(strategy.rounds(image, lambda slices: seen.append(len(slices)) or 20 * (slices - 0.5)))
+    assert strategy.count(image.shape[2:]) == 5 * (5 + 7) and sum(seen) == len(rounds) * (5 + 7)
+
+
 def test_rounds_go_on_until_the_mask_stays_or_there_were_enough():
     """A fine network that lets the organ grow by a voxel until it has the true size."""
     true, small = ball(), ball(radius=2.2)

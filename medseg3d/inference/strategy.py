@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from medseg3d.inference.slabs import Slab, label_dtype
-from medseg3d.layers.layout import like
 
 
 class _Seen(Exception):
@@ -77,3 +76,11 @@ class Strategy(ABC):
 def plain(inputs: torch.Tensor) -> torch.Tensor:
     """A MetaTensor without its metadata, which every operation would copy."""
     return inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+
+
+def like(result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The result with the metadata and the history of a MetaTensor input, so that MONAI can invert it."""
+    if not hasattr(inputs, "copy_meta_from"):
+        return result
+    output: Any = type(inputs)(result)
+    return output.copy_meta_from(inputs)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from medseg3d.inference.slabs import Slab
-from medseg3d.inference.strategy import Strategy, plain
-from medseg3d.layers.layout import like
+from medseg3d.inference.strategy import Strategy, like, plain
 
 
 class Streamed(Strategy):

@@ -23,9 +23,8 @@ from medseg3d.inference.heads import split_head
 from medseg3d.inference.precision import representative_window
 from medseg3d.inference.slabs import Head, Slab
 from medseg3d.inference.stitching import RollingSlab, Stitcher
-from medseg3d.inference.strategy import Strategy, plain
+from medseg3d.inference.strategy import Strategy, like, plain
 from medseg3d.inference.windows import BLENDS, PLACEMENTS, Window, importance_map, windows
-from medseg3d.layers.layout import like
 
 # To take the head off a network costs one window to four.
 SPLIT_FROM_WINDOWS = 8

@@ -14,8 +14,7 @@ import torch
 from medseg3d.inference.grid_map import AxisMap
 from medseg3d.inference.onto_grid import values_onto
 from medseg3d.inference.slabs import Slab, label_dtype, largest
-from medseg3d.inference.strategy import Strategy, plain
-from medseg3d.layers.layout import like
+from medseg3d.inference.strategy import Strategy, like, plain
 
 
 def probabilities(slab: Slab, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -27,9 +27,6 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def like(result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The result with the metadata and the history of a MetaTensor input, so that MONAI can invert it."""
-    if not hasattr(inputs, "copy_meta_from"):
-        return result
-    output: Any = type(inputs)(result)
-    return output.copy_meta_from(inputs)
+def with_metadata_of(x: Any, y: torch.Tensor) -> torch.Tensor:
+    """``y`` with the metadata of ``x``, if that is a MetaTensor of MONAI: kernels of our own lose it."""
+    return type(x)(y).copy_meta_from(x) if hasattr(x, "copy_meta_from") else y

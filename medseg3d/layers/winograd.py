@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from medseg3d.layers.derived import Derived, is_plain_eager
-from medseg3d.layers.layout import channels_last, is_channels_last, like
+from medseg3d.layers.layout import channels_last, is_channels_last, with_metadata_of
 
 # (slices of a tile, taps): points of interpolation beside 0 and infinity, those of the smallest error among fractions
 # of small numbers, searched with random weights (after Barabasz et al., "Error analysis and improving the accuracy of
@@ -73,7 +73,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, t
         records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         y = _convolve_and_record(x, weight) if records else _convolve(x, weight, transformed)
         if y is not None:
-            return like(y if bias is None else y.add_(bias.to(y.dtype).view(-1, 1, 1, 1)), x)
+            return with_metadata_of(x, y if bias is None else y.add_(bias.to(y.dtype).view(-1, 1, 1, 1)))
     return F.conv3d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 

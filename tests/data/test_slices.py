@@ -37,7 +37,7 @@ def test_channels_are_neighbouring_slices_as_inference_gives_them(axis, seed):
 
     def network(stacks):
         seen.append(stacks.clone())
-        return stacks[:, :1]
+        return stacks[:, :2]
 
     Slices(axes=axis, neighbours=2, batch_size=20).label_map(data["image"][None], network)
     stacks = torch.cat(seen)

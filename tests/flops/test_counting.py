@@ -242,7 +242,7 @@ def test_sizes_that_do_not_fit():
     network = on_meta(UNet, channels=(4, 8, 16))
     with pytest.raises(ValueError, match=r"the next size that it takes is \(12, 12, 12\)"):
         count_operations(network, (1, 1, 10, 12, 12))
-    with pytest.raises(ValueError, match=r"UNet does not take an input of \(1, 3, 8, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"UNet takes images \(batch, 1, ...\), 1 channels, got \(1, 3, 8, 8, 8\)"):
         count_operations(network, (1, 3, 8, 8, 8))
     with pytest.raises(ValueError, match="depth must be 0 or more"):
         count_operations(nn.Identity(), (1, 1)).by_module(-1)

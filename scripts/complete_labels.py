@@ -4,7 +4,7 @@ Only cases to train on are completed, and in them only voxels that the reference
 gives to an organ that the case lacks. What was contoured by hand stays; cases for validation and test stay as they are.
 
     python scripts/complete_labels.py openkbp_headneck --dataset-dir DATA_FOLDER -o completed
-    medseg3d train -m headneck_ct_unet --dataset-dir completed -o RUN_FOLDER --set manifest=completed/datalist.json
+    medseg3d train -m headneck_ct_unet --data completed/datalist.json -o RUN_FOLDER
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python scripts/merge_masks.py Totalsegmentator_dataset_v201 -o merged --organs liver spleen kidney_left kidney_right
     medseg3d check merged/datalist.json
-    medseg3d train --dataset-dir merged -o runs/first --set manifest=merged/datalist.json
+    medseg3d adapt merged/datalist.json -o abdomen_ct_unet
+    medseg3d train -m abdomen_ct_unet --trust -o runs/first
 
 A case is a folder with ct.nii.gz and segmentations/ORGAN.nii.gz. An organ without a file was not looked for, one whose
 file is empty is not in the scan. Where organs overlap, the voxel is the first one's. The column split of a meta.csv

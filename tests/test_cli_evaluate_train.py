@@ -103,11 +103,15 @@ def test_train_passes_settings_on(run, tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(training, "train_bundle", lambda *arguments: calls.append(arguments) or tmp_path / "best.pt")
+    data = ("--data", "list.json", "--fold", "0")
     options = ("--patience", "7", "--max-hours", "0.5", "--tensorboard", "--mlflow", "http://host:5000")
     sets = ("--set", "batch_size=4", "patch_size=[32, 32, 32]", "--set", "network_def::norm=instance")
-    code, _, err = run("train", "--dataset-dir", "data", "-o", "out", *options, *sets)
+    code, _, err = run("train", "-o", "out", *data, *options, *sets)
     assert code == 0, err
+    assert calls[0][1] is None  # the folder of the list
     assert calls[0][4] == {
+        "manifest": "list.json",
+        "fold": 0,
         "patience": 7,
         "max_hours": 0.5,
         "tensorboard": True,

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from medseg3d.cli.adapting import adapt
 from medseg3d.cli.arguments import argument_parser
 from medseg3d.cli.comparing import compare
 from medseg3d.cli.costs import flops
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    functions = (predict, evaluate, compare, train, models, check, flops, doctor)
+    functions = (predict, evaluate, compare, adapt, train, models, check, flops, doctor)
     return argument_parser({function.__name__: function for function in functions})
 
 

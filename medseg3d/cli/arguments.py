@@ -34,6 +34,7 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
     _add_predict(verbs)
     _add_evaluate(verbs)
     _add_compare(verbs)
+    _add_adapt(verbs)
     _add_train(verbs)
     one = _verb(verbs, "models", "list the models that ship, or tell about one")
     one.add_argument("action", nargs="?", choices=("list", "info"), default="list", help="what to do (default: list)")
@@ -197,10 +198,15 @@ def _add_compare(verbs: Any) -> None:
 
 def _add_train(verbs: Any) -> None:
     verb = _verb(verbs, "train", "train a bundle's network with its train.json; a stopped run goes on where it was")
-    verb.add_argument("-m", "--model", default=DEFAULT_MODEL, help="name or folder of a bundle with configs/train.json")
+    _add_bundle(verb, "name or folder of a bundle with configs/train.json")
     verb.add_argument(
-        "--dataset-dir", required=True, metavar="DIR", help="folder that the bundle's data manifest starts from"
+        "--data", metavar="LIST",
+        help="data of your own: a datalist, nnU-Net folder or CSV (default: the manifest of the bundle's train.json)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--dataset-dir", metavar="DIR", help="folder that the paths of the data start from (default: the list's own)"
     )
+    verb.add_argument("--fold", type=int, metavar="N", help="validate with this fold, train on the others")
     verb.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for checkpoints; run again to resume"
     )
@@ -223,6 +229,27 @@ def _add_train(verbs: Any) -> None:
     )  # fmt: skip
     _add_device(verb)
     _add_trust(verb)
+
+
+def _add_adapt(verbs: Any) -> None:
+    verb = _verb(verbs, "adapt", "make a bundle for the labels of your own data, to be trained")
+    verb.add_argument("data", metavar="LIST", help="datalist, nnU-Net folder, CSV or manifest, with named labels")
+    verb.add_argument("-o", "--output", required=True, metavar="DIR", help="the new bundle's folder")
+    _add_bundle(verb, "name or folder of the bundle to copy")
+    verb.add_argument(
+        "--dataset-dir", metavar="DIR", help="where relative paths start from (default: the list's folder)"
+    )
+    verb.add_argument(
+        "--spacing",
+        nargs="+",
+        type=float,
+        metavar="MM",
+        help="the network's voxels, one size or three (default: as -m)",
+    )
+
+
+def _add_bundle(verb: argparse.ArgumentParser, meaning: str) -> None:
+    verb.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{meaning} (default: {DEFAULT_MODEL})")
 
 
 def _add_check(verbs: Any) -> None:

@@ -116,6 +116,7 @@ def train(args: argparse.Namespace) -> int:
 
         asked = {name: getattr(args, name) for name in ("epochs", "patience", "max_hours", "tensorboard", "mlflow")}
         settings = {name: value for name, value in asked.items() if value is not None and value is not False}
+        settings |= {name: value for name, value in (("manifest", args.data), ("fold", args.fold)) if value is not None}
         settings |= dict(args.set)
         best = train_bundle(bundle.path, args.dataset_dir, args.output, args.device, settings, not args.quiet)
     if os.environ.get("RANK", "0") == "0":  # the first of several processes

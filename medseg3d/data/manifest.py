@@ -184,7 +184,9 @@ def _require_files(dataset: Dataset, case: Case) -> None:
     for file in case.files:
         if not file.exists():
             inside = file.relative_to(dataset.root) if file.is_relative_to(dataset.root) else file
-            origin = dataset.source and f", from {dataset.source}, changed as its notes say"
+            origin = dataset.source and (
+                f", from {dataset.source}, changed as its notes say; for data of your own say --data with their list"
+            )
             raise FileNotFoundError(
                 f"{dataset.name}: {inside} is not in the dataset folder {dataset.root}; the folder must hold the files "
                 f"that are listed{origin}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from inspect import signature
@@ -14,6 +15,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from medseg3d.catalogue import BundleInfo
+from medseg3d.data.manifest import dataset_of, shipped_manifests
 from medseg3d.inference.device import resolve_device
 from medseg3d.io import write_text
 
@@ -41,7 +44,7 @@ _FLAGS = {
 
 def train_bundle(
     bundle: Path,
-    dataset_dir: str | Path,
+    dataset_dir: str | Path | None,
     output_dir: str | Path,
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
@@ -53,7 +56,8 @@ def train_bundle(
 
     Args:
         bundle: its folder.
-        dataset_dir: the folder that the bundle's data manifest starts from.
+        dataset_dir: the folder that the paths of the data set start from; None for that of a list in ``settings``
+            ("manifest"), or else the train.json's.
         output_dir: where checkpoints, curves and logs go.
         device: "auto", "cpu", "cuda:0", ...
         settings: values for ids of train.json, such as ``{"epochs": 10, "network_def::norm": "instance"}``.
@@ -65,8 +69,8 @@ def train_bundle(
     Raises:
         FileNotFoundError: the bundle has no train.json, or the dataset folder lacks a file that the manifest names.
         ModuleNotFoundError: an extra is not installed; the message names the command.
-        ValueError: a setting that the train.json does not have, a value of another kind than it has there, or a run to
-            be resumed that was on other cases.
+        ValueError: a setting that the train.json does not have, a value of another kind than it has there, data whose
+            labels are not the bundle's, or a run to be resumed that was on other cases.
     """
     settings = dict(settings or {})
     _require_modules(settings)
@@ -76,11 +80,14 @@ def train_bundle(
     for config in configs:
         if not Path(config).is_file():
             raise FileNotFoundError(f"{bundle} has no configs/{Path(config).name}, so medseg3d cannot train it")
-    if not Path(dataset_dir).is_dir():
-        raise FileNotFoundError(f"the dataset folder {dataset_dir} does not exist")
     if flags := [flag for name, flag in _FLAGS.items() if name in settings]:
         raise ValueError(f"what {' and '.join(flags)} says cannot be set besides: give that in place of the setting")
-    _require_ids(configs, settings)
+    parser = ConfigParser()
+    parser.read_config(configs)
+    _require_ids(parser, settings)
+    parser.update({"bundle_root": str(bundle), **settings})
+    dataset_dir = _dataset_dir(parser, settings, dataset_dir)
+    _require_labels(BundleInfo(bundle, shipped=False), parser.get("manifest"), dataset_dir)
     settings |= {"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
     if not several or device != "auto":  # each of several processes finds its own
         settings["device"] = resolve_device(device)
@@ -128,9 +135,7 @@ def _require_modules(settings: Mapping[str, Any]) -> None:
             raise ModuleNotFoundError(f"{name} is not installed: pip install medseg3d[{name}]")
 
 
-def _require_ids(configs: list[str], settings: Mapping[str, Any]) -> None:
-    parser = ConfigParser()
-    parser.read_config(configs)
+def _require_ids(parser: ConfigParser, settings: Mapping[str, Any]) -> None:
     unknown = [name for name in settings if name not in parser and not _is_argument(name, parser)]
     if unknown:
         plain = ", ".join(name for name, value in parser.get().items() if not isinstance(value, dict | list))
@@ -138,6 +143,44 @@ def _require_ids(configs: list[str], settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name in parser:
             _require_kind(name, value, parser[name])
+
+
+def _dataset_dir(parser: ConfigParser, settings: Mapping[str, Any], asked: str | Path | None) -> Path:
+    """The folder that the paths of the data set start from."""
+    if asked is not None:
+        folder = Path(asked)
+    elif settings.get("manifest") and settings["manifest"] not in shipped_manifests():
+        folder = dataset_of(settings["manifest"]).root
+    else:
+        folder = Path(parser.get_parsed_content("dataset_dir"))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the dataset folder {folder} does not exist: --dataset-dir says where the paths of the data set start; "
+            "for data of your own say --data with a datalist, an nnU-Net folder or a CSV"
+        )
+    return folder
+
+
+def _require_labels(bundle: BundleInfo, manifest: Any, dataset_dir: Path) -> None:
+    """ValueError unless the data give the labels the numbers that the bundle gives them."""
+    names = bundle.labels
+    dataset = dataset_of(manifest, dataset_dir) if names and manifest else None
+    if dataset is None or not dataset.labels:
+        return
+    data = {number: name for number, name in dataset.labels.items() if number}
+    for number in sorted(names.keys() | data.keys()):
+        if _plain(names.get(number)) != _plain(data.get(number)):
+            here, there = data.get(number, "missing"), names.get(number, "missing")
+            raise ValueError(
+                f"label {number} is {here} in {dataset.name} and {there} in {bundle.name}, so the network would learn "
+                "organs under wrong names: renumber the label maps, or make a bundle for these labels: medseg3d adapt "
+                f"{manifest} -m {bundle.name} -o my_bundle"
+            )
+
+
+def _plain(name: str | None) -> str | None:
+    """A name whose spelling differs in case and punctuation alone is the same."""
+    return name and re.sub(r"[\W_]+", "", name.lower())
 
 
 def _require_same_data(folder: Path, parser: ConfigParser) -> None:

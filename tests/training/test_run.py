@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -9,7 +11,9 @@ from monai.engines import SupervisedTrainer
 from monai.handlers import StatsHandler
 from torch import nn
 
-from medseg3d.training.run import _require_same_data, leave_errors_to_the_caller
+from medseg3d.catalogue import find_bundle
+from medseg3d.errors import in_words
+from medseg3d.training.run import _require_same_data, leave_errors_to_the_caller, train_bundle
 
 
 @pytest.mark.parametrize("error", [ValueError("the scan is damaged"), KeyboardInterrupt()])
@@ -48,3 +52,41 @@ def test_a_run_is_not_resumed_on_other_cases(tmp_path):
         _require_same_data(tmp_path, parser(fold=0))
     with pytest.raises(ValueError, match="had manifest m and fold 1, so it cannot go on with manifest n and fold None"):
         _require_same_data(tmp_path, parser(manifest="n"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({1: "mandible", 7: "brainstem"}, "label 1 is mandible in boxes and brainstem in headneck_ct_unet"),
+        ({7: None}, "label 7 is missing in boxes and mandible in headneck_ct_unet.*medseg3d adapt .*boxes.json"),
+        ({8: "liver"}, "label 8 is liver in boxes and missing in headneck_ct_unet"),
+    ],
+)
+def test_labels_of_other_organs_are_refused_before_anything_is_read(labels, words, tmp_path):
+    bundle = find_bundle("headneck_ct_unet")
+    named = {0: "background"} | bundle.labels | labels
+    cases = {"name": "boxes", "training": [{"image": "a.nii", "label": "b.nii"}]}
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(cases | {"labels": {str(n): name for n, name in named.items() if name}}))
+    with pytest.raises(ValueError, match=words):
+        train_bundle(bundle.path, None, tmp_path / "run", "cpu", {"manifest": str(path)}, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_that_are_spelled_otherwise_are_the_same_organs(tmp_path):
+    bundle = find_bundle("headneck_ct_unet")
+    labels = {"0": "Background"} | {str(n): name.replace("_", " ").title() for n, name in bundle.labels.items()}
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"labels": labels, "training": [{"image": "a.nii", "label": "b.nii"}]}))
+    with pytest.raises(RuntimeError) as error:
+        train_bundle(bundle.path, None, tmp_path / "run", "cpu", {"manifest": str(path)}, progress=False)
+    assert "a.nii is not in the dataset folder" in in_words(error.value)
+
+
+def test_without_a_folder_or_a_list_it_says_how_to_name_them(tmp_path):
+    bundle = find_bundle("headneck_ct_unet").path
+    with pytest.raises(FileNotFoundError, match=r"data does not exist: --dataset-dir .* say --data with a datalist"):
+        train_bundle(bundle, None, tmp_path / "run", "cpu", {}, progress=False)
+    with pytest.raises(RuntimeError) as error:
+        train_bundle(bundle, tmp_path, tmp_path / "run", "cpu", {}, progress=False)
+    assert "for data of your own say --data with their list" in in_words(error.value)

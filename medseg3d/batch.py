@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
 from medseg3d.io import Case, Inputs, find_inputs
-from medseg3d.outputs import FAILURES, STATISTICS, OutputPlan
+from medseg3d.outputs import FAILURES, SIDE_FILES, STATISTICS, OutputPlan
 from medseg3d.report.ledger import Ledger
 from medseg3d.report.records import write_csv
-from medseg3d.report.run import case_record
+from medseg3d.report.run import case_record, input_sha256
 from medseg3d.report.statistics import write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
@@ -94,7 +94,7 @@ def predict_many(
     them. Several runs may write into one folder, at the same time too; its tables are of all that it holds. In a folder
     each finished case is noted, so that ``resume`` passes over those whose input, model and options are what they were.
     A case that is done again by another model, or of another input, loses what lay beside its segmentation and this run
-    does not write.
+    does not write; so does a single file whose content changes.
 
     Args:
         segmenter: the loaded model.
@@ -228,7 +228,10 @@ class _Run:
             self._tell(case, "read")
             got: Any = next(scans)
             if not isinstance(got, CaseResult):
+                doubts = getattr(got, "warnings", ())  # pictures come without
                 got = _attempt(case, self._segment, case, got)
+                if isinstance(got, CaseResult) and doubts:  # wrong units, for instance, end in a lack of memory
+                    got = replace(got, error=f"{got.error} (of the scan: {'; '.join(doubts)})")
             yield case, got
             del got
 
@@ -262,7 +265,12 @@ class _Run:
             self.replaced.update(had)
             for path in self.plan.files_of_others(case.name, had):
                 path.unlink(missing_ok=True)
+        target = files["segmentation"]
+        earlier = input_sha256(target) if self.plan.is_file and target.is_file() else None
         _write(result, case, files, self.plan)
+        if earlier not in (None, input_sha256(target)):  # no ledger tells what the files beside it were made of
+            for path in self.plan.files_of_others(case.name, SIDE_FILES):
+                path.unlink(missing_ok=True)
         self.ledger.note(case, had.union(files) if same else files)
         return CaseResult(case, result, files)
 

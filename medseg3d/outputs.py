@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from medseg3d.report.statistics import write_statistics_csv
 
 FAILURES, STATISTICS = "failures.csv", "statistics.csv"
 UNCERTAINTIES = ("entropy", "margin")
+SIDE_FILES = ("statistics", "statistics_csv", "preview", "uncertainty", "json")  # kinds, beside the segmentation
 TABLES = (FAILURES, STATISTICS, LEDGER)  # of a whole folder
 
 
@@ -85,7 +87,8 @@ class OutputPlan:
         The segmentation is not among them: one in another format may be wanted beside this one.
         """
         plans = (
-            replace(self, statistics=True, preview=True, uncertainty=own, pictures="instances") for own in UNCERTAINTIES
+            replace(self, statistics=True, preview=True, uncertainty=own, pictures=self.pictures and "instances")
+            for own in UNCERTAINTIES
         )
         files = {path: kind for plan in plans for kind, path in plan.files(name).items()}
         own = self.files(name).values()
@@ -133,10 +136,11 @@ class OutputPlan:
                 f"only a folder tells what it was made from, so {self.target} cannot be resumed: name a folder, or "
                 "leave resume out"
             )
-        suffix = split_name(self.target)[1]
+        suffix = split_name(self.target)[1] or _file_suffix(self.target)
         if suffix and not self.is_file and not self.target.is_dir():
             raise ValueError(
-                f"cannot write {suffix} ({self.target}): name a folder, or a file in {', '.join(self.writable)}"
+                f"cannot write {suffix} ({self.target}): name a file in {', '.join(self.writable)}, or a folder; one "
+                "with such a name has to be there"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +179,11 @@ class OutputPlan:
         above = next(folder for folder in report.absolute().parents if folder.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise PermissionError(13, f"the report cannot go to {report}, no file can be made in {above}: name another")
+
+
+def _file_suffix(path: Path) -> str:
+    """What looks like the suffix of a file, such as .txt or .gs, and not like the version in results.v2."""
+    return path.suffix if re.fullmatch(r"\.[A-Za-z]{2,4}", path.suffix) else ""
 
 
 def _begins_as_json(path: Path) -> bool:

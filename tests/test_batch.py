@@ -135,6 +135,8 @@ def test_cases_come_one_by_one(model, scans, tmp_path):
         (["scans/a.nii.gz", "x_seg.nii.gz", "x.nii.gz"], ".", "is an input"),
         (["scans/a.nii.gz"], "seg.mhd", "cannot write .mhd"),
         (["scans/a.nii.gz"], "seg.dcm", "cannot write .dcm"),
+        (["scans/a.nii.gz"], "seg.nii.gs", "cannot write .gs .*name a file in .nii.gz"),
+        (["scans/a.nii.gz", "scans/c.nii.gz"], "seg.txt", "cannot write .txt .*one with such a name has to be there"),
         (["scans/a.nii.gz"], "taken", "cannot make the output folder"),
         (["scans/a.nii.gz"], "taken/seg.nii.gz", "cannot make the output folder"),
         ([], "out", "none given"),
@@ -382,6 +384,41 @@ def test_nothing_of_another_model_stays_beside_a_new_segmentation(model, scans, 
     list(predict_many(model, scans / "c.nii.gz", OutputPlan(folder, preview=True)))
     assert (folder / "c.preview.png").is_file() and not (folder / "c.stats.json").exists()
     assert not (folder / "statistics.csv").exists()
+
+
+def test_nothing_of_another_segmentation_stays_beside_a_single_file(model, scans, tmp_path):
+    target = tmp_path / "seg.nii.gz"
+    list(predict_many(model, scans / "a.nii.gz", OutputPlan(target, "", True, True)))
+    beside = {"seg.labels.json", "seg.nii.gz", "seg.preview.png", "seg.stats.csv", "seg.stats.json"}
+    (tmp_path / "seg.json").touch()  # none of ours: this is no model of pictures
+    list(predict_many(model, scans / "a.nii.gz", target))
+    assert beside < set(names(tmp_path)), "the same segmentation has the same figures"
+    image = nib.load(scans / "a.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), scans / "turned.nii.gz")
+    list(predict_many(model, scans / "turned.nii.gz", OutputPlan(target, preview=True)))
+    left = {name for name in names(tmp_path) if name.startswith("seg")}
+    assert left == beside - {"seg.stats.csv", "seg.stats.json"} | {"seg.json"}
+
+
+def test_a_failure_tells_what_was_odd_about_the_scan(model, scans, tmp_path, monkeypatch):
+    image = nib.load(scans / "a.nii.gz")
+    image.header.set_xyzt_units("meter")
+    nib.save(image, scans / "metres.nii.gz")
+
+    def too_large(*arguments, **keywords):
+        raise MemoryError("Unable to allocate 828. TiB")
+
+    monkeypatch.setattr(type(model), "segment", too_large)
+    (result,) = predict_many(model, scans / "metres.nii.gz", tmp_path / "out")
+    assert result.out_of_memory and "out of memory" in result.error
+    assert "lengths converted from meter to mm" in result.error and "check the units in the header" in result.error
+
+
+def test_a_folder_may_have_a_name_with_a_dot(model, scans, tmp_path):
+    (tmp_path / "seg.txt").mkdir()
+    for folder in ("seg.txt", "results.v2"):
+        (result,) = predict_many(model, scans / "a.nii.gz", tmp_path / folder)
+        assert result.outputs["segmentation"] == tmp_path / folder / "a_seg.nii.gz"
 
 
 def test_runs_at_the_same_time_share_a_folder(model, scans, tmp_path):

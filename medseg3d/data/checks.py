@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ _PADDING = -1500  # HU; nothing in a body, nor the air around it, is below
 _DENSEST = 32_000  # HU; above any metal on the extended scale
 _CLIPPED = 0.005  # share of voxels at the maximum that noise and metal never reach
 _SPACING = (0.1, 20.0)  # mm
+_FIELD = 40.0  # mm; no CT of a patient is smaller along all three axes
 _BLOCK = 2**18  # voxels that are compared at a time
 
 
@@ -27,7 +29,10 @@ def check_voxels(volume: Volume) -> tuple[float, float]:
     array = volume.array
     if min(volume.shape) < _FEWEST:
         what = "a single slice" if min(volume.shape) == 1 else f"of shape {volume.shape}"
-        raise ValueError(f"the volume is {what}; each axis needs at least {_FEWEST} voxels: give the whole scan")
+        path = Path(volume.header.get("path", ""))
+        of_series = volume.header.get("format") == "dicom" and path.is_file() and path.suffix.lower() != ".zip"
+        whole = f"the folder of its series, {path.parent}" if of_series else "the whole scan"
+        raise ValueError(f"the volume is {what}; each axis needs at least {_FEWEST} voxels: give {whole}")
     low, high = float(array.min()), float(array.max())
     if not np.isfinite((low, high)).all():  # one voxel that is NaN makes both so
         bad = array.size - _count(array, np.isfinite)
@@ -92,6 +97,10 @@ def _doubts(volume: Volume, low: float, high: float) -> list[str]:
     if min(volume.spacing) < _SPACING[0] or max(volume.spacing) > _SPACING[1]:
         spacing = " x ".join(f"{mm:g}" for mm in volume.spacing)
         doubts.append(f"a spacing of {spacing} mm is unusual for CT: check the units in the header")
+    field = [mm * voxels for mm, voxels in zip(volume.spacing, volume.shape, strict=True)]
+    if max(field) < _FIELD:
+        size = " x ".join(f"{mm:.3g}" for mm in field)
+        doubts.append(f"the whole scan is {size} mm, too small for a patient: check the units in the header")
     return doubts
 
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from medseg3d.data.checks import check_ct
+from medseg3d.data.checks import check_ct, check_voxels
 from medseg3d.io import read_volume
 from medseg3d.volume import Volume
 
-LPS = np.diag([-1.0, -1.0, 2.5, 1.0])
+LPS = np.diag([-5.0, -5, 5, 1])
 
 
 def volume(low=-1000.0, high=1500.0, shape=(8, 9, 10), dtype=np.int16, affine=LPS, **header):
@@ -62,6 +62,14 @@ def test_what_is_not_hounsfield_is_refused_unless_allowed(low, high, why):
     assert why in told[0] and "the result will be wrong" in told[0]
 
 
+def test_one_file_of_a_dicom_series_is_sent_to_its_folder(tmp_path):
+    file = tmp_path / "series" / "1.dcm"
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(ValueError, match=f"a single slice.*give the folder of its series, {file.parent}"):
+        check_voxels(volume(shape=(9, 9, 1), format="dicom", path=str(file)))
+
+
 @pytest.mark.parametrize(
     ("odd", "told"),
     [
@@ -71,6 +79,7 @@ def test_what_is_not_hounsfield_is_refused_unless_allowed(low, high, why):
         (volume(high=40000, dtype=np.int32), "the highest intensity is 40000"),
         (volume(affine=np.diag([-0.001, 0.001, 0.001, 1])), "a spacing of 0.001 x 0.001 x 0.001 mm is unusual"),
         (volume(affine=np.diag([800.0, 800, 1000, 1])), "a spacing of 800 x 800 x 1000 mm is unusual"),
+        (volume(affine=np.diag([-0.1, -0.1, 0.25, 1])), "too small for a patient: check the units in the header"),
         (Volume(np.clip(volume().array, -160, 240), LPS), "are at the maximum of 240"),
     ],
 )

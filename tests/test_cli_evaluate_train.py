@@ -15,10 +15,10 @@ from medseg3d.volume import Volume
 from tests import tiny_bundles as tiny
 
 
-def references(folder, name="ct", label=1):
+def references(folder, name="ct", label=1, organ="bone"):
     array = np.zeros(tiny.SHAPE, np.uint8)
     array[tiny.bone()] = label
-    return write_label_map(Volume(array, tiny.LPS), folder / f"{name}.nii.gz", {label: "bone"})
+    return write_label_map(Volume(array, tiny.LPS), folder / f"{name}.nii.gz", {label: organ})
 
 
 def test_evaluate_what_predict_wrote(predict, run, ct_file, tmp_path):
@@ -44,6 +44,26 @@ def test_evaluate_takes_names_from_elsewhere(run, tmp_path, bundles):
     assert (code, out) == (2, []) and "--labels names.json or -m MODEL" in err[0]
     assert any(line.startswith("femur") for line in run("evaluate", *pair, "--labels", tmp_path / "names.json")[1])
     assert any(line.startswith("bone") for line in run("evaluate", *pair, "-m", bundles.threshold)[1])
+
+
+def test_evaluate_refuses_other_organs_under_one_number(run, tmp_path, bundles):
+    """Whether the names are those of a reference, of another prediction or of a model; one's own names go before."""
+    for name, organ in (("a", "bone"), ("b", "spleen")):
+        references(tmp_path / "out", name, organ=organ)
+        references(tmp_path / "spleen", name, organ="spleen")
+        references(tmp_path / "bone", name)
+    out, spleen, bone = (("-p" if n == "out" else "-r", tmp_path / n) for n in ("out", "spleen", "bone"))
+    code, lines, err = run("evaluate", *out, *spleen)
+    assert (code, lines) == (1, []) and f"{spleen[1] / 'a.nii.gz'} calls label 1 spleen, but {out[1]}" in err[0]
+    code, lines, err = run("evaluate", *out, *bone)
+    assert code == 4 and lines[1].split()[:4] == ["bone", "1", "0", "1.000"]
+    assert f"b: {out[1] / 'b.nii.gz'} calls label 1 spleen, but {out[1] / 'a.nii.gz'} calls it bone" in err[0]
+    same = ("-p", spleen[1], *spleen)
+    code, _, err = run("evaluate", *same, "-m", bundles.threshold)
+    assert code == 1 and "calls label 1 spleen, but the model bone_ct_threshold calls it bone" in err[0]
+    assert run("evaluate", *same)[0] == 0
+    (tmp_path / "names.json").write_text('{"1": "organ"}')
+    assert run("evaluate", *out, *spleen, "--labels", tmp_path / "names.json")[0] == 0
 
 
 def test_evaluate_counts_what_a_manifest_says_was_contoured(run, tmp_path):

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from medseg3d.catalogue import DEFAULT_MODEL, find_bundle, shipped_bundles
@@ -18,30 +19,11 @@ def evaluate(args: argparse.Namespace) -> int:
     """Compare segmentations with references, per label, or object by object in pictures."""
     if _are_pictures(args.predictions):
         return _evaluate_objects(args)
-    from medseg3d.io import LabelTable, read_label_table
-    from medseg3d.io.formats import WRITABLE
     from medseg3d.report.evaluation import evaluate_folders, summary_table, write_evaluation_csv
 
-    if args.labels:
-        labels = LabelTable.read_json(args.labels).names
-    elif args.model:
-        labels = find_bundle(args.model).labels
-    else:
-        files = _label_maps(args.predictions)
-        if not files:
-            raise UsageError(
-                f"there is no label map ({', '.join(WRITABLE)}) directly in {args.predictions}; subfolders are not "
-                "searched"
-            )
-        tables = map(read_label_table, files)
-        table = next((table for table in tables if table is not None), None)
-        if table is None:
-            raise UsageError("the predictions carry no label names: name them with --labels names.json or -m MODEL")
-        labels = table.names
-    annotated = None
-    if args.manifest:
-        annotated = _contoured(args.manifest)
-    result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated)
+    labels, named_by = _names(args)
+    annotated = _contoured(args.manifest) if args.manifest else None
+    result = evaluate_folders(args.predictions, args.references, labels, args.nsd_tolerance, annotated, named_by)
     for path, reason in result.unpaired:
         say(f"left out {path}: {reason}")
     for case, reason in result.failures:
@@ -53,6 +35,27 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.output:
         print(write_evaluation_csv(args.output, result.rows))
     return SOME_FAILED if result.failures else DONE
+
+
+def _names(args: argparse.Namespace) -> tuple[Mapping[int, str], str | Path | None]:
+    """Number -> name of the labels, and where they are from; None for the user's own, which no file contradicts."""
+    from medseg3d.io import LabelTable, read_label_table
+    from medseg3d.io.formats import WRITABLE
+
+    if args.labels:
+        return LabelTable.read_json(args.labels).names, None
+    if args.model:
+        bundle = find_bundle(args.model)
+        return bundle.labels, f"the model {bundle.name}"
+    files = _label_maps(args.predictions)
+    if not files:
+        raise UsageError(
+            f"there is no label map ({', '.join(WRITABLE)}) directly in {args.predictions}; subfolders are not searched"
+        )
+    for file in files:
+        if (table := read_label_table(file)) is not None:
+            return table.names, file
+    raise UsageError("the predictions carry no label names: name them with --labels names.json or -m MODEL")
 
 
 def _contoured(manifest: str) -> dict[str, list[int]]:

@@ -59,12 +59,14 @@ def evaluate_folders(
     labels: Mapping[int, str],
     nsd_tolerance_mm: float = 2.0,
     annotated: Mapping[str, Collection[int]] | None = None,
+    named_by: str | Path | None = None,
 ) -> Evaluation:
     """Every prediction against the reference of its case; see `pair_cases` and `evaluate_volumes`.
 
     `annotated`: case (a `case_name`, or the name of one of its files) -> the labels that were contoured in it; a case
-    that is not named there has all. A case fails where a file is no label map, says that it has another number for one
-    of the labels, or the two are not on one grid; it does not stop the others.
+    that is not named there has all. `named_by`: the file or model that `labels` are from; None where they are the
+    caller's own, which may differ from the names in the files. A case fails where a file is no label map, its own table
+    contradicts the labels (see `require_numbers`), or the two are not on one grid; it does not stop the others.
 
     Raises ValueError as `pair_cases` does, and the error of the first case if all fail.
     """
@@ -77,7 +79,7 @@ def evaluate_folders(
         try:
             sides = read_label_map(files[0]), read_label_map(files[1])
             for file in files:
-                require_numbers(file, labels)
+                require_numbers(file, labels, named_by)
             names = str(files[0]), str(files[1])
             measured = evaluate_volumes(*sides, labels, nsd_tolerance_mm, contoured.get(case), names)
         except (ValueError, OSError) as error:
@@ -91,17 +93,31 @@ def evaluate_folders(
     return Evaluation(rows, found.unpaired, failures, sorted(unnamed - {0, *labels}))
 
 
-def require_numbers(path: str | Path, labels: Mapping[int, str]) -> None:
-    """ValueError if a label map file says that it has another number for one of the labels."""
+def require_numbers(path: str | Path, labels: Mapping[int, str], named_by: str | Path | None = None) -> None:
+    """ValueError if a label map file's own table has another number for one of the labels.
+
+    So it is for another name of one of the numbers if `named_by` says where the labels are from. Capitals count for
+    nothing in a name, and an underscore is a space.
+    """
     table = read_label_table(path)
-    numbers = {name.casefold(): number for number, name in labels.items()}
+    numbers = {_plain(name): number for number, name in labels.items()}
     for number, name in table.names.items() if table is not None else ():
-        wanted = numbers.get(name.casefold(), number)
+        wanted = numbers.get(_plain(name), number)
         if wanted != number:
             raise ValueError(
                 f"{path} calls {name} label {number}, but here it is {wanted}: numbers are compared, so both sides "
                 "must use the same for an organ; renumber one of them"
             )
+        if named_by is not None and number in labels and _plain(labels[number]) != _plain(name):
+            raise ValueError(
+                f"{path} calls label {number} {name}, but {named_by} calls it {labels[number]}: numbers are compared, "
+                "so both sides must use the same for an organ; renumber one of them, or if these are names of one "
+                "organ, give names for all files: --labels names.json (in Python: named_by=None)"
+            )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())
 
 
 def write_evaluation_csv(path: str | Path, rows: Iterable[Row]) -> Path:

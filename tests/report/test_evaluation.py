@@ -228,8 +228,19 @@ def test_other_numbers_for_the_same_names_are_refused(tmp_path):
         evaluate_folders(prediction, reference, LABELS)
     with pytest.raises(ValueError, match=r"r.seg.nrrd calls .* label 1"):
         evaluate_folders(reference, prediction, LABELS)
-    other_names = write_label_map(volume, tmp_path / "s.nii.gz", {1: "Another name", 2: "One more"})
-    assert [row["dice"] for row in evaluate_folders(prediction, other_names, LABELS).rows] == [1, 1]
+
+
+def test_other_names_for_the_same_numbers_are_refused_unless_the_names_are_the_callers(tmp_path):
+    volume = Volume(label_map(4, 5), AFFINE)
+    prediction = write_label_map(volume, tmp_path / "p.nii.gz", LABELS)
+    reference = write_label_map(volume, tmp_path / "r.nii.gz", {1: "spleen", 2: "larynx"})
+    assert [row["dice"] for row in evaluate_folders(prediction, reference, LABELS).rows] == [1, 1]
+    said = r"r.nii.gz calls label 1 spleen, but .*p.nii.gz calls it brainstem: .* renumber .* --labels names.json"
+    with pytest.raises(ValueError, match=said):
+        evaluate_folders(prediction, reference, LABELS, named_by=prediction)
+    same = write_label_map(volume, tmp_path / "s.nii.gz", {1: "Spinal cord", 2: "LARYNX", 3: "thyroid"})
+    named = {1: "spinal_cord", 2: "larynx"}
+    assert len(evaluate_folders(same, same, named, named_by="the model").rows) == 2
 
 
 def test_a_case_that_fails_does_not_stop_the_others(folders):

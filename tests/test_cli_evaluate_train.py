@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg3d.io import write_label_map
+from medseg3d.io import write_label_image, write_label_map
 from medseg3d.volume import Volume
 from tests import tiny_bundles as tiny
 
@@ -99,6 +99,27 @@ def test_evaluate_says_what_is_wrong(arguments, words, run, tmp_path, monkeypatc
     references(tmp_path / "truth")
     code, out, err = run("evaluate", *arguments)
     assert (code, out, len(err)) == (1, [], 1) and words in err[0] and "Errno" not in err[0]
+
+
+@pytest.mark.parametrize("output", ["truth/ct.nii.gz", "truth/ct.labels.json", "new.png", "folder.csv"])
+def test_evaluate_refuses_an_output_that_is_no_csv_before_it_measures(output, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("medseg3d.report.evaluation.evaluate_folders", None)
+    references(tmp_path / "truth")
+    (tmp_path / "folder.csv").mkdir()
+    before = {path: path.read_bytes() for path in (tmp_path / "truth").iterdir()}
+    code, out, err = run("evaluate", "-p", "truth", "-r", "truth", "-o", output)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].endswith(f"the output {output} is to be a table: give the name of a file that ends in .csv")
+    assert {path: path.read_bytes() for path in (tmp_path / "truth").iterdir()} == before
+
+
+def test_evaluate_writes_no_csv_over_a_picture(run, tmp_path):
+    picture = write_label_image(tmp_path / "a.png", np.eye(8, dtype=np.uint8))
+    before = picture.read_bytes()
+    code, out, err = run("evaluate", "-p", picture, "-r", picture, "-o", picture)
+    assert (code, out) == (2, []) and "is to be a table" in err[0] and picture.read_bytes() == before
+    assert run("evaluate", "-p", picture, "-r", picture, "-o", tmp_path / "objects.csv")[0] == 0
 
 
 def test_train_prints_the_checkpoint_and_nothing_else(run, tmp_path, monkeypatch):

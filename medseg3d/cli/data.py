@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from medseg3d.cli.terminal import DONE, REVIEW, SOME_FAILED, Status, UsageError, counted, require_folder
+from medseg3d.cli.terminal import DONE, REVIEW, SOME_FAILED, Status, UsageError, counted, require_folder, require_suffix
 
 if TYPE_CHECKING:
     from medseg3d.data.check import Report
@@ -74,8 +74,7 @@ def _dataset(args: argparse.Namespace, manifest: Mapping[str, Any] | None) -> Da
 
 def _require_new(args: argparse.Namespace, dataset: Dataset) -> None:
     """UsageError if the output is no datalist by its name, or a file that is read."""
-    if Path(args.output).suffix.lower() != ".json":
-        raise UsageError(f"the output {args.output} is to be a datalist: give a name that ends in .json")
+    require_suffix(args.output, ".json", "datalist")
     source = Path(args.data).expanduser()
     given = (Path(file).expanduser() for file in (args.labels, args.manifest) if file)
     read = (source, source / "dataset.json", *given, *(file for case in dataset.cases for file in case.files))

@@ -31,6 +31,12 @@ def require_folder(path: str | None) -> None:
         raise UsageError(f"the dataset folder {path} does not exist")
 
 
+def require_suffix(path: str, suffix: str, what: str) -> None:
+    """UsageError if the name of an output does not end as that of such a file, but as an image perhaps."""
+    if Path(path).suffix.lower() != suffix or Path(path).is_dir():
+        raise UsageError(f"the output {path} is to be a {what}: give the name of a file that ends in {suffix}")
+
+
 def asked_to_trust(bundle: BundleInfo) -> bool:
     """Ask at a terminal before foreign code runs; without one the answer is no."""
     if bundle.shipped or not (sys.stdin.isatty() and sys.stderr.isatty()):

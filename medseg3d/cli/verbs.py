@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medseg3d.catalogue import DEFAULT_MODEL, find_bundle, shipped_bundles
-from medseg3d.cli.terminal import DONE, ERROR, SOME_FAILED, UsageError, asked_to_trust, say
+from medseg3d.cli.terminal import DONE, ERROR, SOME_FAILED, UsageError, asked_to_trust, require_suffix, say
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Compare segmentations with references, per label, or object by object in pictures."""
+    if args.output:
+        require_suffix(args.output, ".csv", "table")  # so that it is no scan, no picture and no table of labels
     if _are_pictures(args.predictions):
         return _evaluate_objects(args)
     from medseg3d.report.evaluation import evaluate_folders, summary_table, write_evaluation_csv

@@ -137,9 +137,9 @@ _SUMMARY = {
 def summarise(rows: Iterable[Row]) -> list[Row]:
     """A row per label, as they first appear: label, name, cases (with a reference), missed (those not predicted).
 
-    Further, of dice, nsd, hd95_mm and volume_error_percent the mean over cases and the standard deviation
-    ("dice_std"). A value that is not defined is left out; the mean of nothing is None. A missed label counts with Dice
-    and NSD 0 but has no HD95: read that beside "missed".
+    Further, of dice, nsd, hd95_mm and volume_error_percent the mean over cases and the standard deviation of the sample
+    ("dice_std", by n - 1). A value that is not defined is left out; the mean of nothing is None, and so is the
+    deviation of one case. A missed label counts with Dice and NSD 0 but has no HD95: read that beside "missed".
     """
     by_label: dict[int, list[Row]] = {}
     for row in rows:
@@ -152,7 +152,7 @@ def summarise(rows: Iterable[Row]) -> list[Row]:
         for measure in _SUMMARY:
             values = [row[measure] for row in cases if row[measure] is not None]
             line[measure] = float(np.mean(values)) if values else None
-            line[f"{measure}_std"] = float(np.std(values)) if values else None
+            line[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         summary.append(line)
     return summary
 
@@ -176,7 +176,9 @@ def summary_table(rows: Iterable[Row]) -> str:
 
 
 def _mean_and_std(mean: float | None, std: float | None, digits: int) -> str:
-    return "n/a" if mean is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+    if mean is None:
+        return "n/a"
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def read_label_map(path: str | Path) -> Volume:

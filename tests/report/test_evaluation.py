@@ -157,20 +157,27 @@ def test_rows_and_summary(folders, tmp_path):
     brainstem, larynx = summarise(evaluation.rows)
     assert (brainstem["cases"], brainstem["missed"]) == (2, 0)
     assert brainstem["dice"] == pytest.approx((16 / 18 + 1) / 2)
-    assert brainstem["dice_std"] == pytest.approx((1 - 16 / 18) / 2)
+    assert brainstem["dice_std"] == pytest.approx((1 - 16 / 18) / 2**0.5), "of the sample, by n - 1"
     assert brainstem["volume_error_percent"] == pytest.approx(-10)
     assert (larynx["cases"], larynx["missed"], larynx["dice"]) == (2, 1, 0.5)
     assert larynx["hd95_mm"] == 0, "of the one case in which it was predicted"
 
     lines = summary_table(evaluation.rows).splitlines()
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
-    assert " ".join(lines[2].split()) == "larynx 2 1 0.500 ± 0.500 0.500 ± 0.500 0.00 ± 0.00 -50.0 ± 50.0"
+    assert " ".join(lines[2].split()) == "larynx 2 1 0.500 ± 0.707 0.500 ± 0.707 0.00 -50.0 ± 70.7"
     assert lines[-1].startswith("mean of labels")
 
     with write_evaluation_csv(tmp_path / "m.csv", evaluation.rows).open(newline="") as file:
         cells = list(csv.DictReader(file))
     assert (cells[0]["case"], cells[0]["label"], cells[0]["dice"]) == ("pt1", "1", "0.888889")
     assert (cells[3]["hd95_mm"], cells[3]["note"]) == ("", "not predicted")
+
+
+def test_one_case_has_no_deviation(folders):
+    rows = evaluate_folders(folders[0] / "pt1_ct_seg.nii.gz", folders[1] / "pt1_oar.nii.gz", LABELS).rows
+    (brainstem, _) = summarise(rows)
+    assert brainstem["dice"] == pytest.approx(16 / 18) and brainstem["dice_std"] is None
+    assert "0.889" in summary_table(rows) and "±" not in summary_table(rows)
 
 
 def test_a_missing_contour_is_not_counted(folders):

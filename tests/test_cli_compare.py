@@ -75,13 +75,29 @@ def test_what_fails_is_told(compare, tmp_path):
     assert code == 1 and any("does not suit" in line for line in err)
 
 
+def test_a_split_without_a_case_names_those_that_have_some(compare, data):
+    entries = json.loads(data.read_text())["test"]
+    folds = [{**entry, "fold": n} for n, entry in enumerate(entries)]
+    data.write_text(json.dumps({"labels": {"1": "bone"}, "training": folds}))
+    code, _, err = compare()
+    assert code == 2
+    assert err[-1].endswith("but 2 in train: say --split train or --split validation --fold N, N one of 0, 1")
+    images = [{"image": entry["image"]} for entry in entries]
+    data.write_text(json.dumps({"labels": {"1": "bone"}, "training": images}))
+    assert "nor in another: list a label map for each case" in compare()[2][-1]
+
+
 def test_wrong_usage(compare, run, bundles, data, tmp_path):
     code, _, err = compare("--dataset-dir", "nowhere")
     assert code == 2 and "the dataset folder nowhere does not exist" in err[-1]
     code, _, err = compare("--limit", 0)
     assert code == 2 and "--limit: it is a whole number of 1 or more, got '0'" in err[-1]
     code, _, err = compare("--split", "validation")
-    assert code == 2 and "no case with a reference" in err[-1]
+    assert code == 2
+    assert err[-1].endswith(
+        "has no case with a reference in the split 'validation', but 1 in train, 2 in test: say --split train or "
+        "--split test"
+    )
     code, _, err = run("compare", "-m", bundles.threshold, "--data", data, "-o", tmp_path / "out")
     assert code == 1 and "--trust" in err[-1]
     nameless = json.loads(data.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,5 +69,20 @@ def _cases(args: argparse.Namespace) -> tuple[Dataset, list[Case]]:
     listed = dataset.of_split(args.split, args.fold)
     cases = [case for case in listed if case.label is not None][: args.limit]
     if not cases:
-        raise UsageError(f"{dataset.name} has no case with a reference in the split {args.split!r}")
+        raise UsageError(_nothing_in(dataset, args.split))
     return dataset, cases
+
+
+def _nothing_in(dataset: Dataset, split: str) -> str:
+    """That a split has no case to compare on, which have some, and what to say then."""
+    cases = [case for case in dataset.cases if case.label is not None]
+    splits = Counter(case.split for case in cases)
+    folds = sorted({case.fold for case in cases if case.fold is not None and case.split != "test"})
+    text = f"{dataset.name} has no case with a reference in the split {split!r}"
+    if not splits:
+        return f"{text}, nor in another: list a label map for each case to compare on"
+    ways = [f"--split {name}" for name in splits if name != split]
+    if folds:
+        ways.append(f"--split validation --fold N, N one of {', '.join(map(str, folds))}")
+    counts = ", ".join(f"{number} in {name}" for name, number in splits.items())
+    return f"{text}, but {counts}: say {' or '.join(ways)}"

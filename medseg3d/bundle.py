@@ -48,8 +48,8 @@ def load_model(
     mirror: bool = False,
     strategy: str | None = None,
     overlap: float | None = None,
-    max_ram: int | None = None,
-    max_vram: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
     uncertainty: str | None = None,
     weights: Sequence[str | Path] | str | Path | None = None,
     crop_body: bool = False,
@@ -138,7 +138,7 @@ def load_model(
     )
 
 
-def _unheeded(max_vram: int | None, device: torch.device) -> list[str]:
+def _unheeded(max_vram: int | str | None, device: torch.device) -> list[str]:
     if max_vram is None or device.type == "cuda":
         return []
     return [f"max_vram is of the memory of a CUDA device, and the network runs on {device.type}: it limits nothing"]

@@ -32,6 +32,7 @@ from medseg3d.recipe import Recipe, as_loaded, as_prediction, as_strategy, cropp
 from medseg3d.report.run import Stopwatch
 from medseg3d.runner import Runner
 from medseg3d.segmentation import Scan, Segmentation
+from medseg3d.sizes import in_bytes
 from medseg3d.trial import peak_memory, windows_of
 from medseg3d.volume import Volume
 
@@ -62,15 +63,15 @@ class Segmenter:
         compile, precision: how the network runs, see :class:`medseg3d.runner.Runner`.
         mirror: average over mirror images, see :class:`medseg3d.runner.Runner`; labels of the left and right side,
             known by their names, change places.
-        max_ram, max_vram: bytes that the process and the device may hold; what has to be given up for it, a warning
-            tells.
+        max_ram, max_vram: bytes that the process and the device may hold, or text such as "6G"; what has to be given up
+            for it, a warning tells.
         uncertainty: "entropy" or "margin": how sure the network is of each voxel, made with the labels, see
             :mod:`medseg3d.inference.uncertainty`.
         crop_body: lay windows over the box of the body only; what is left out, a warning tells.
         importing: within it the parts run, for modules of their own that they import only then.
 
     Raises:
-        ValueError: ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; there
+        ValueError: a size has no unit, ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; there
             are no windows, or no Hounsfield units, to crop; or to mirror, the axes of the inferer's windows are not
             known, or two labels are the same side of one name.
     """
@@ -92,8 +93,8 @@ class Segmenter:
         compile: bool = False,
         precision: str = "fp32",
         mirror: bool | Sequence[int] = False,
-        max_ram: int | None = None,
-        max_vram: int | None = None,
+        max_ram: int | str | None = None,
+        max_vram: int | str | None = None,
         uncertainty: str | None = None,
         crop_body: bool = False,
         importing: Callable[[], AbstractContextManager] = nullcontext,
@@ -108,9 +109,10 @@ class Segmenter:
         self.expects_hu = expects_hu
         self.record = dict(record or {})
         self.notes = tuple(notes)
-        self.max_ram, self.max_vram = max_ram, max_vram
+        self.max_ram = None if max_ram is None else in_bytes(max_ram)
+        self.max_vram = None if max_vram is None else in_bytes(max_vram)
         self.uncertainty = None if uncertainty is None else check_kind(uncertainty)
-        self.room = Room(device, max_vram, planned=self.limited)
+        self.room = Room(device, self.max_vram, planned=self.limited)
         if mirror and not keeps_axes(inferer):
             raise ValueError(
                 f"mirror needs windows with the axes of the scan, and those of {type(inferer).__name__} are "

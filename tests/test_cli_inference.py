@@ -20,7 +20,6 @@ from tests.command_line import names
         ("800M", 800 * 2**20),
         ("1.5T", 3 * 2**39),
         ("2k", 2048),
-        ("512", 512),
         ("6 GB", 6 * 2**30),
         ("6GiB", 6 * 2**30),
         ("100b", 100),
@@ -32,10 +31,15 @@ def test_sizes(flag, text, size):
     assert getattr(args, flag[2:].replace("-", "_")) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "6X", "G", "-6G", "6G 2M", "1,5G", "0x10", "6KM", "inf"])
+@pytest.mark.parametrize("text", ["", "much", "6X", "G", "-6G", "6G 2M", "1,5G", "0x10", "6KM", "inf", "6", "1.5"])
 def test_bad_sizes(text, run):
     code, out, err = run("predict", "-i", "ct.nii.gz", "-o", "out", f"--max-ram={text}")
     assert (code, out) == (2, []) and "such as 6G or 800M" in err[-1] and repr(text) in err[-1]
+
+
+def test_a_size_without_a_unit_is_asked_for_one(run):
+    code, out, err = run("predict", "-i", "ct.nii.gz", "-o", "out", "--max-vram", "6")
+    assert (code, out) == (2, []) and err[-1].endswith("got '6': 6 bytes? say 6G, or 6B")
 
 
 # Choices

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module may import what lies on lower floors, and its own package. "medseg3d" is the package's
 # own __init__, which names what is public.
 FLOORS = [
-    {"interpolation", "resources", "version", "errors", "startup"},
+    {"interpolation", "resources", "version", "errors", "sizes", "startup"},
     {"geometry", "tasks"},
     {"volume"},
     {"io", "layers", "losses", "metrics", "catalogue"},

@@ -30,6 +30,16 @@ def test_a_plan_changes_nothing(models):
     np.testing.assert_array_equal(models.own.segment(scan).segmentation.array, expected)
 
 
+def test_limits_are_numbers_of_bytes_or_text_with_a_unit(bundles):
+    """As the command line takes them; what is no size is refused before a scan is read."""
+    model = ms.load_model(bundles.zoo, "cpu", trust=True, max_ram="6G", max_vram=2**30)
+    assert (model.max_ram, model.max_vram, model.room.max_vram) == (6 * 2**30, 2**30, 2**30)
+    assert model.plan(model.read((tiny.ct(), tiny.LPS))).steps == ()
+    for size in ("6", "much", [6]):
+        with pytest.raises(ValueError, match="a size is a number with B, K, M, G or T, such as 6G or 800M; got"):
+            ms.load_model(bundles.zoo, "cpu", trust=True, max_ram=size)
+
+
 def test_what_a_limit_takes_is_told_and_the_labels_hardly_change(models, monkeypatch):
     scan = models.zoo.read((tiny.ct(), tiny.LPS))
     expected = models.zoo.segment(scan)

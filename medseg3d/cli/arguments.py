@@ -6,11 +6,11 @@ import argparse
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from medseg3d.catalogue import DEFAULT_MODEL
+from medseg3d.sizes import in_bytes
 from medseg3d.version import __version__
 
 STRATEGIES = ("sub-volumes", "slices", "downsampled")
@@ -395,7 +395,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"a size is a number with K, M, G or T, such as 6G or 800M; got {text!r}")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    try:
+        return in_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

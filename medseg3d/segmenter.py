@@ -71,9 +71,9 @@ class Segmenter:
         importing: within it the parts run, for modules of their own that they import only then.
 
     Raises:
-        ValueError: a size has no unit, ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; there
-            are no windows, or no Hounsfield units, to crop; or to mirror, the axes of the inferer's windows are not
-            known, or two labels are the same side of one name.
+        ValueError: ``uncertainty`` is unknown, or the bundle is carried out as it stands, so that it has none; a limit
+            of memory has no unit; there are no windows, or no Hounsfield units, to crop; or to mirror, the axes of the
+            inferer's windows are not known, or two labels are the same side of one name.
     """
 
     pictures = None  # for scans, see `medseg3d.pictures`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ class SeveralModels:
             raise ValueError("several models are one or more, got none")
         if any(model.uncertainty for model in models):
             raise ValueError("uncertainty is of one model's classes: load several without it, or run them one by one")
+        if not unite:
+            _require_other_names(models)
         self.models = tuple(models)
         self.unite = unite
         nothing = [np.zeros((1, 1, 1), np.uint8)] * len(models)
@@ -99,6 +102,16 @@ class SeveralModels:
     def describe_device(self) -> str:
         """Where the networks run, for reports."""
         return self.models[0].describe_device()
+
+
+def _require_other_names(models: Sequence[Segmenter]) -> None:
+    for earlier, later in itertools.combinations(models, 2):
+        if shared := [name for name in later.labels.values() if name in earlier.labels.values()]:
+            names = ", ".join(shared[:3]) + ", ..." * (len(shared) > 3)
+            raise ValueError(
+                f"{earlier.name} and {later.name} both have the label {names}: say --unite (in Python: unite=True) to "
+                "make one label of those of one name, or run the models one by one"
+            )
 
 
 def _record(records: Sequence[Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FLAGS = {
         "-i --input",
         "-o --output",
         "-m --model",
+        "--unite",
         "--weights",
         "-d --device",
         "-s --statistics",

@@ -132,7 +132,11 @@ def test_files_of_a_manifest(run, shared):
         (["Dataset001_Two", "--patients", "x"], 1, "finds no patient"),
         (["Dataset001_Two", "--dataset-dir", "nowhere"], 2, "the dataset folder nowhere does not exist"),
         (["Dataset001_Two", "--dataset-dir", "."], 2, "--dataset-dir is for the paths in a list; Dataset001_Two is"),
-        (["Dataset001_Two", "-o", "x.nii.gz"], 2, "x.nii.gz is to be a datalist: give the name of a file that ends in .json"),
+        (
+            ["Dataset001_Two", "-o", "x.nii.gz"],
+            2,
+            "x.nii.gz is to be a datalist: give the name of a file that ends in .json",
+        ),
         (
             ["Dataset001_Two", "--patients", "p", "--make-folds", "2", "-o", "x.json"],
             1,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from medseg3d import cli
+from medseg3d.io import read_label_table
 from tests import tiny_bundles as tiny
 from tests.command_line import names
 
@@ -52,6 +53,18 @@ def test_choices_reach_the_model_and_the_report(predict, ct_file, tmp_path):
     options = json.loads((tmp_path / "seg.run.json").read_text())["options"]
     assert (options["strategy"], options["overlap"], options["mirror"]) == ("sub-volumes", 0.75, True)
     assert options["max_ram"] == 2**40 and options["precision"].startswith("bfloat16")
+
+
+def test_models_with_labels_of_one_name_can_be_united(run, bundles, ct_file, tmp_path):
+    models = ("-m", bundles.own, bundles.zoo, "--trust", "-d", "cpu")
+    code, out, err = run("predict", "-i", ct_file, "-o", tmp_path / "seg.nii.gz", *models)
+    assert (code, out) == (1, [])
+    assert (
+        err[-1].startswith("error: own_ct_unet 0.5.3 and ")
+        and "both have the label left, right: say --unite" in err[-1]
+    )
+    code, out, _ = run("predict", "-i", ct_file, "-o", tmp_path / "seg.nii.gz", *models, "--unite")
+    assert code == 0 and read_label_table(out[0]).names == {1: "left", 2: "right"}
 
 
 @pytest.mark.parametrize(

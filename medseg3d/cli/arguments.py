@@ -66,6 +66,7 @@ def _add_predict(verbs: Any) -> None:
         help="name, or folder or zip of a MONAI bundle; earlier ones of several have priority (default: "
         f"{DEFAULT_MODEL})",
     )  # fmt: skip
+    verb.add_argument("--unite", action="store_true", help="labels of one name in several models become one label")
     verb.add_argument(
         "--weights", nargs="+", metavar="FILE",
         help="weights of the network instead of the model's own, each a path or a file of the bundle's models folder; "

@@ -68,7 +68,7 @@ def predict(args: argparse.Namespace) -> int:
     stopwatch = Stopwatch()
     with stopwatch.stage("load model"):
         models = [_load(bundle, trust, args) for bundle, trust in zip(bundles, trusts, strict=True)]
-        segmenter = models[0] if len(models) == 1 else SeveralModels(models)
+        segmenter = models[0] if len(models) == 1 else SeveralModels(models, args.unite)
     for note in segmenter.notes:
         say(f"note: {note}")
     if args.plan:

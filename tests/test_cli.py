@@ -205,6 +205,14 @@ def test_wrong_usage_is_exit_code_2(arguments, run):
     assert (code, out) == (2, []) and "error: " in err[-1]
 
 
+@pytest.mark.parametrize("verb", ["predict", "doctor"])
+def test_an_unknown_option_shows_the_usage_of_its_verb(verb, run):
+    needed = ("-i", "ct.nii.gz", "-o", "out") if verb == "predict" else ()
+    code, out, err = run(verb, *needed, "--fast", "now")
+    assert (code, out) == (2, []) and err[0].startswith(f"usage: medseg3d {verb} [-h]")
+    assert err[-1].endswith(f"error: unrecognized arguments: --fast now; see medseg3d {verb} --help")
+
+
 # Light commands
 
 

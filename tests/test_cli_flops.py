@@ -61,6 +61,12 @@ def test_what_is_set_and_what_is_usual(flops):
     assert flops.json("fcn", "--size", 64, 96)["input_shape"] == [1, 3, 64, 96]
 
 
+def test_settings_follow_one_set_or_several(flops):
+    one = ["unet", "--size", 32, "--set", "in_channels=2", "out_channels=3"]
+    assert flops.json(*one) == flops.json(*one[:-1], "--set", one[-1])
+    assert flops.json(*one)["arguments"] == {"in_channels": 2, "out_channels": 3}
+
+
 def test_a_detector_is_run(flops):
     out = flops("mask_rcnn", "--size", 32, "--set", "backbone=resnet18", "--set", "min_size=32", "--set", "max_size=32")
     assert "its work depends on what it sees: counted on random values, with untrained weights" in out
@@ -105,7 +111,8 @@ def test_a_bundle_on_a_scan(flops, bundles):
     ("arguments", "message"),
     [
         ([], "say what to count"),
-        (["unet", "-m", "headneck_ct_unet"], "say what to count"),
+        (["unet", "-m", "headneck_ct_unet"], "either unet or the bundle headneck_ct_unet is counted: leave unet or"),
+        (["--set", "feature_size=48", "swin_unetr"], "say what to count, before any option"),
         (["resnet", "--size", "96"], "neither a network (fcn, fcn_resnet, deconvnet, unet"),
         (["resnet"], "neither a network (fcn, fcn_resnet, deconvnet, unet"),
         (["unet"], "unet needs --size: of its input"),

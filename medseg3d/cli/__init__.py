@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as some schedulers and Windows without a console do
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- for as long as it runs
-    args = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+    args, unknown = _parser().parse_known_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+    if unknown:  # parse_args would show the usage of medseg3d, not the verb's
+        args.verb.error(f"unrecognized arguments: {' '.join(unknown)}; see {args.verb.prog} --help")
     args.own_process = argv is None
     _set_up_messages(args.verbose)
     with contextlib.suppress(ValueError):  # not in the main thread, where signals do not come

@@ -21,7 +21,8 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
     """The parser of the whole command line.
 
     Args:
-        functions: what carries each verb out; the parsed arguments hold it as ``function``.
+        functions: what carries each verb out; the parsed arguments hold it as ``function``, and as ``verb`` the verb's
+            own parser.
     """
     parser = argparse.ArgumentParser(
         prog="medseg3d",
@@ -45,7 +46,7 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
     one = _verb(verbs, "doctor", "check this installation: versions, devices, known bad combinations")
     one.add_argument("--json", action="store_true", help="print JSON")
     for name, verb in verbs.choices.items():
-        verb.set_defaults(function=functions[name])
+        verb.set_defaults(function=functions[name], verb=verb)
     return parser
 
 
@@ -300,7 +301,11 @@ def _add_flops(verbs: Any) -> None:
     form.add_argument("--csv", action="store_true", help="print CSV, in single operations")
     network = verb.add_argument_group("a network")
     network.add_argument(
-        "--set", action="append", metavar="NAME=VALUE", help="an argument of its class, such as feature_size=48"
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="arguments of its class, such as feature_size=48 out_channels=14",
     )
     network.add_argument(
         "--depth", type=int, default=1, metavar="N", help="levels of modules in the table (default: 1)"

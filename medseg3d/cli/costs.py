@@ -28,8 +28,12 @@ Rows = list[dict[str, Any]]
 
 def flops(args: argparse.Namespace) -> int:
     """Count operations, or work them out."""
-    if (args.what is None) == (args.model is None):
-        raise UsageError("say what to count: a network's name, conv, attention or patches; or a bundle with -m")
+    if args.what is None and args.model is None:
+        raise UsageError(
+            "say what to count, before any option: a network's name, conv, attention or patches; or a bundle with -m"
+        )
+    if args.what is not None and args.model is not None:
+        raise UsageError(f"either {args.what} or the bundle {args.model} is counted: leave {args.what} or -m out")
     if args.model is not None:
         report, rows, lines = _of_scan(args)
     elif args.what in FORMULAS:

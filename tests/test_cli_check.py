@@ -165,6 +165,31 @@ def test_files_that_are_read_are_not_written_over(output, run, folder, monkeypat
     assert (folder.parent / output).read_bytes() == before
 
 
+@pytest.mark.parametrize("least", [-1000, 1])
+def test_an_image_in_the_place_of_a_label_is_told_and_the_tables_end(least, run, tmp_path):
+    """Every grey level is a label then: a CT has numbers below 0, an MR image none."""
+    image = (np.arange(8 * 8 * 8).reshape(8, 8, 8) + least).astype(np.int16)
+    write_volume(Volume(image, np.eye(4)), tmp_path / "image.nii.gz")
+    write_volume(Volume((image > least + 99).astype(np.uint8), np.eye(4)), tmp_path / "label.nii.gz")
+    (tmp_path / "list.csv").write_text("image,label\n" + "label.nii.gz,image.nii.gz\n" * 60)
+    code, out, _ = run("check", tmp_path / "list.csv")
+    assert code == (4 if least < 0 else 0) and "are image and label swapped?" in out[1]
+    (end,) = (n for n, line in enumerate(out) if line == "")
+    assert end == 52 and out[51].startswith("… and ") and out[51].endswith(" more; --json prints all")
+    labels = [line for line in out[end:] if "label_" in line]
+    assert len(labels) == (0 if least < 0 else 50) and len(out) < 120
+    document = json.loads("\n".join(run("check", tmp_path / "list.csv", "--json")[1]))
+    assert len(document["findings"]) >= 60 and len(document["labels"]) == (0 if least < 0 else 512)
+
+
+def test_all_labels_that_have_a_name_are_shown(run, folder):
+    document = json.loads((folder / "dataset.json").read_text())
+    document["labels"] |= {f"vertebra {n}": n for n in range(3, 80)}
+    (folder / "dataset.json").write_text(json.dumps(document))
+    _, out, _ = run("check", folder)
+    assert any("vertebra 79" in line for line in out[60:])
+
+
 def test_columns_that_are_not_read_are_doubts(run, folder, tmp_path):
     """A patient under another name would leak between folds."""
     (tmp_path / "list.csv").write_text("image,label,subject\nimagesTr/p0_0_0000.nii.gz,labelsTr/p0_0.nii.gz,p0\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from medseg3d.data.datasets import Dataset
 
 _WHOLE = "(data set)"  # in the place of a case
+_ROWS = 50  # of a table, but for names that the data set gives
 
 
 def check(args: argparse.Namespace) -> int:
@@ -86,13 +87,14 @@ def _lines(dataset: Dataset, report: Report) -> Iterator[str]:
     """Findings first, then what there is."""
     if report.findings:
         rows = [(finding.case or _WHOLE, finding.grade, finding.text) for finding in report.findings]
-        yield from _table(("case", "grade", "finding"), rows)
+        yield from _table(("case", "grade", "finding"), rows, _ROWS)
         yield ""
     yield _cases(dataset)
     yield from _grids(report)
     if labels := _labels(dataset, report):
         columns = ("label", "name", "cases", "median", *(f"fold {n}" for n in _folds(dataset)))
-        yield from _table(columns, labels)
+        named = sum(name != f"label_{n}" for n, name in dataset.labels.items())
+        yield from _table(columns, labels, max(_ROWS, named))
     yield f"{counted(len(report.of_grade('fault')), 'fault')}, {counted(len(report.of_grade('doubt')), 'doubt')}"
 
 
@@ -172,7 +174,11 @@ def _ranges(rows: Collection[Collection[float]]) -> str:
     return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)
 
 
-def _table(columns: tuple[str, ...], rows: Collection[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], most: int) -> Iterator[str]:
+    """So many rows at most, and how many there are beyond: --json has all."""
+    shown = rows[:most]
+    widths = [max(map(len, column)) for column in zip(columns, *shown, strict=True)]
+    for row in (columns, *shown):
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    if len(rows) > most:
+        yield f"… and {len(rows) - most} more; --json prints all"

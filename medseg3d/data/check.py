@@ -23,6 +23,8 @@ Grade = Literal["fault", "doubt"]
 Grid = Geometry | tuple[int, ...]  # of a scan; of a picture its rows and columns
 
 _SOME = 5  # names in a sentence
+_MANY_LABELS = 255  # more numbers without a name than a label map of classes has
+_AS_IN_AN_IMAGE = ", as in an image: are image and label swapped?"
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,12 @@ class _Look:
         if not found:
             self._tell("doubt", f"{file.name}: nothing but background")
         if min(found, default=0) < 0:
-            self._tell("fault", f"{file.name}: labels are 0 or more, this has {min(found)}")
+            self._tell("fault", f"{file.name}: labels are 0 or more, this has {min(found)}{_AS_IN_AN_IMAGE}")
         if self.dataset.objects:
             return
+        if len(set(found) - named.keys()) > _MANY_LABELS and min(found) > 0:
+            numbers = f"{len(found)} numbers from {min(found)} to {max(found)}"
+            self._tell("doubt", f"{file.name}: {numbers}{_AS_IN_AN_IMAGE} If they number objects, say --objects")
         if named and (strange := sorted(set(found) - named.keys())):
             self._tell("fault", f"{file.name}: {_listed(strange)} is no label of the data set ({_range(named)})")
         if annotated is not None and (more := sorted(set(found) - set(annotated))):

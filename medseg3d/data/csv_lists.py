@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medseg3d.io.formats import split_name
+
 SPLITS = ("train", "validation", "test")
 _COLUMNS = ("image", "label", "patient", "split", "fold")
 _SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "validation": "validation"}
@@ -39,6 +41,11 @@ def csv_entries(path: Path, notes: list[str]) -> list[Entry]:
             )
     elif set(columns) & set(_COLUMNS):
         raise ValueError(f"{path}: the first line names columns, and none is image: {', '.join(columns)}")
+    elif len(rows) > 1 and not split_name(rows[0][0])[1] and split_name(rows[1][0])[1]:
+        raise ValueError(
+            f"{path}: the first line {','.join(rows[0])!r} is no case, and as names of columns it must be "
+            "image,label[,patient][,split][,fold]"
+        )
     else:
         columns = list(_COLUMNS[:3])
     entries: list[Entry] = []

@@ -106,7 +106,11 @@ def with_value(array, value):
         ({"ct": with_value(image(), np.inf)}, "fault", "1 of 336 voxels are NaN or infinite"),
         ({"ct": np.full((6, 7, 8), -1000, np.int16)}, "fault", "every voxel is -1000"),
         ({"seg": with_value(label(), 9)}, "fault", "a_seg.nii.gz: 9 is no label of the data set (0 to 2)"),
-        ({"seg": with_value(label().astype(np.int16), -1)}, "fault", "labels are 0 or more, this has -1"),
+        (
+            {"seg": with_value(label().astype(np.int16), -1)},
+            "fault",
+            "this has -1, as in an image: are image and label",
+        ),
         (
             {"seg": with_value(label().astype(np.float32), 0.5)},
             "fault",

@@ -277,6 +277,7 @@ class TestCsv:
             ("image,fold\na,one\n", "a fold a whole number"),
             ("image,label\n,a_seg.nii.gz\n", "has an image"),
             ("image,image,label\na,b,c\n", "the first line names image more than once"),
+            ("scan,mask\na.nii.gz,b.nii.gz\n", r"'scan,mask' is no case, .* must be image,label\[,patient"),
         ],
     )
     def test_errors(self, text, message, save):

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from medseg3d.resources import resource_folder
+from medseg3d.resources import did_you_mean, resource_folder
 
 DEFAULT_MODEL = "headneck_ct_unet"
 
@@ -133,9 +133,10 @@ def find_bundle(name_or_path: str | Path) -> BundleInfo:
         bundle = BundleInfo(path, shipped=path.resolve() in known)
         _ = bundle.metadata  # before anybody is asked to trust it
         return bundle
-    names = ", ".join(bundle.name for bundle in shipped)
+    names = [bundle.name for bundle in shipped]
     raise ValueError(
-        f"unknown model {str(name_or_path)!r}: it is neither a shipped model ({names}) nor a bundle's folder or zip"
+        f"unknown model {str(name_or_path)!r}: it is neither a shipped model ({', '.join(names)}) nor a bundle's "
+        f"folder or zip{did_you_mean(name_or_path, names)}"
     )
 
 

@@ -191,7 +191,7 @@ def test_underscores_are_dashes(given, meant):
         ["predict", "-i", "ct.nii.gz", "-o", "out", "--overlap", "half"],
         ["models", "info"],
         ["models", "list", "headneck_ct_unet"],
-        ["models", "delete"],
+        ["models", "delete", "headneck_ct_unet"],
         ["evaluate", "-p", "a"],
         ["evaluate", "-p", "a", "-r", "b", "--nsd-tolerance", "two"],
         ["evaluate", "-p", "a", "-r", "b", "--nsd-tolerance", "nan"],
@@ -260,6 +260,13 @@ def test_models_info(run, bundles):
     assert "  1  left" in "\n".join(run("models", "info", bundles.zoo)[1])  # reading is no running: no trust needed
     code, out, err = run("models", "info", "lungs")
     assert (code, out) == (1, []) and "unknown model 'lungs'" in err[0] and "headneck_ct_unet" in err[0]
+
+
+def test_a_name_alone_is_enough_and_one_that_is_close_is_asked_for(run):
+    assert run("models", "headneck_ct_unet") == run("models", "info", "headneck_ct_unet")
+    code, out, err = run("models", "headneck_ct_unt")
+    assert (code, out) == (1, []) and err[0].endswith("; did you mean headneck_ct_unet?")
+    assert "did you mean" not in run("models", "lungs")[2][0]
 
 
 def test_a_closed_pipe_is_no_traceback():

@@ -115,6 +115,7 @@ def test_a_bundle_on_a_scan(flops, bundles):
         (["--set", "feature_size=48", "swin_unetr"], "say what to count, before any option"),
         (["resnet", "--size", "96"], "neither a network (fcn, fcn_resnet, deconvnet, unet"),
         (["resnet"], "neither a network (fcn, fcn_resnet, deconvnet, unet"),
+        (["swin-unetr", "--size", "96"], "; did you mean swin_unetr?"),
         (["unet"], "unet needs --size: of its input"),
         (["unet", "--size", "-16"], "--size takes voxels, 1 or more along each axis; got -16"),
         (["unet", "--size", "96", "--set", "channels=4"], "unet cannot be made with channels=4: "),

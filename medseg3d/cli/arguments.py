@@ -38,7 +38,7 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
     _add_adapt(verbs)
     _add_train(verbs)
     one = _verb(verbs, "models", "list the models that ship, or tell about one")
-    one.add_argument("action", nargs="?", choices=("list", "info"), default="list", help="what to do (default: list)")
+    one.add_argument("action", nargs="?", default="list", help="list, info, or the name itself (default: list)")
     one.add_argument("name", nargs="?", help="for info: a model's name, or a bundle's folder or zip")
     one.add_argument("--json", action="store_true", help="print JSON")
     _add_check(verbs)

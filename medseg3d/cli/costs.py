@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg3d.catalogue import find_bundle
 from medseg3d.cli.terminal import DONE, UsageError, asked_to_trust
+from medseg3d.resources import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +69,7 @@ def _of_network(args: argparse.Namespace) -> tuple[dict[str, Any], Rows, list[st
     if args.what not in NETWORKS:
         raise UsageError(
             f"{args.what!r} is neither a network ({', '.join(NETWORKS)}) nor a formula ({', '.join(FORMULAS)})"
+            + did_you_mean(args.what, (*NETWORKS, *FORMULAS))
         )
     _require(args, size="of its input, such as --size 96 96 96")
     if min(args.size) < 1:

@@ -131,9 +131,12 @@ def train(args: argparse.Namespace) -> int:
 
 def models(args: argparse.Namespace) -> int:
     """List the models, or tell about one."""
-    if args.action == "list":
-        if args.name is not None:
-            raise UsageError(f"models list takes no name: medseg3d models info {args.name}")
+    action, name = args.action, args.name
+    if action not in ("list", "info") and name is None:
+        action, name = "info", action
+    if action != "info":
+        if name is not None:
+            raise UsageError(f"models {action} takes no name: medseg3d models info {name}")
         rows = [
             {"name": b.name, "version": b.version, "labels": len(b.labels), "task": b.metadata.get("task", "")}
             for b in shipped_bundles()
@@ -144,9 +147,9 @@ def models(args: argparse.Namespace) -> int:
             for row in rows:
                 print(f"{row['name']}  {row['version']}  {row['labels']} labels  {row['task']}")
         return DONE
-    if args.name is None:
+    if name is None:
         raise UsageError("models info needs a name: medseg3d models info " + DEFAULT_MODEL)
-    bundle = find_bundle(args.name)
+    bundle = find_bundle(name)
     metadata = bundle.metadata
     facts = {key: metadata.get(key, "") for key in ("version", "task", "description", "intended_use", "copyright")}
     facts = {"name": bundle.name, **facts, "folder": str(bundle.path), "labels": bundle.labels}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from medseg3d.catalogue import DEFAULT_MODEL
-from medseg3d.sizes import in_bytes
+from medseg3d.cli.options import (
+    add_bundle,
+    add_device,
+    add_tolerance,
+    add_trust,
+    add_verb,
+    number_or_word,
+    positive,
+    setting,
+    size_in_bytes,
+)
 from medseg3d.version import __version__
 
 STRATEGIES = ("sub-volumes", "slices", "downsampled")
@@ -37,13 +44,13 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
     _add_compare(verbs)
     _add_adapt(verbs)
     _add_train(verbs)
-    one = _verb(verbs, "models", "list the models that ship, or tell about one")
+    one = add_verb(verbs, "models", "list the models that ship, or tell about one")
     one.add_argument("action", nargs="?", default="list", help="list, info, or the name itself (default: list)")
     one.add_argument("name", nargs="?", help="for info: a model's name, or a bundle's folder or zip")
     one.add_argument("--json", action="store_true", help="print JSON")
     _add_check(verbs)
     _add_flops(verbs)
-    one = _verb(verbs, "doctor", "check this installation: versions, devices, known bad combinations")
+    one = add_verb(verbs, "doctor", "check this installation: versions, devices, known bad combinations")
     one.add_argument("--json", action="store_true", help="print JSON")
     for name, verb in verbs.choices.items():
         verb.set_defaults(function=functions[name], verb=verb)
@@ -51,7 +58,7 @@ def argument_parser(functions: Mapping[str, Callable[[argparse.Namespace], int]]
 
 
 def _add_predict(verbs: Any) -> None:
-    verb = _verb(verbs, "predict", "segment CT scans, or pictures with a model of pictures")
+    verb = add_verb(verbs, "predict", "segment CT scans, or pictures with a model of pictures")
     verb.add_argument(
         "-i", "--input", nargs="+", required=True, metavar="SCAN",
         help="NIfTI, NRRD or MHA file, DICOM folder or zip, folder of these, or pattern; several are taken; PNG, JPEG, "
@@ -73,7 +80,7 @@ def _add_predict(verbs: Any) -> None:
         help="weights of the network instead of the model's own, each a path or a file of the bundle's models folder; "
         "the logits of several are averaged",
     )  # fmt: skip
-    _add_device(verb)
+    add_device(verb)
     verb.add_argument(
         "-s",
         "--statistics",
@@ -102,7 +109,7 @@ def _add_predict(verbs: Any) -> None:
     )
     _add_running(verb)
     verb.add_argument("--allow-non-hu", action="store_true", help="go on where intensities cannot be Hounsfield units")
-    _add_trust(verb)
+    add_trust(verb)
 
 
 def _add_running(verb: Any) -> None:
@@ -140,15 +147,15 @@ def _add_running(verb: Any) -> None:
         help="only tell strategy, windows, time and memory, from one window that is tried; nothing is written",
     )  # fmt: skip
     verb.add_argument(
-        "--max-ram", type=_bytes, metavar="SIZE",
+        "--max-ram", type=size_in_bytes, metavar="SIZE",
         help="memory that may be held, such as 6G or 800M; speed, then fineness is given up for it, and a scan that "
         "still does not fit fails with exit code 5",
     )  # fmt: skip
-    verb.add_argument("--max-vram", type=_bytes, metavar="SIZE", help="the same for the memory of the GPU")
+    verb.add_argument("--max-vram", type=size_in_bytes, metavar="SIZE", help="the same for the memory of the GPU")
 
 
 def _add_evaluate(verbs: Any) -> None:
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "evaluate",
         "compare segmentations with references: Dice, NSD, HD95, volume error; objects of pictures: F1, AP",
@@ -161,11 +168,11 @@ def _add_evaluate(verbs: Any) -> None:
     verb.add_argument("--labels", metavar="JSON", help='label names, {"1": "brainstem", ...}')
     verb.add_argument("-m", "--model", help="take the label names of this model")
     verb.add_argument("--manifest", help="a data manifest that says which organs each case has; others are not counted")
-    _add_tolerance(verb)
+    add_tolerance(verb)
 
 
 def _add_compare(verbs: Any) -> None:
-    verb = _verb(
+    verb = add_verb(
         verbs, "compare", "measure models, or strategies of one network, on the same cases: a table and a page of how "
         "good each is and what it costs",
     )  # fmt: skip
@@ -186,21 +193,21 @@ def _add_compare(verbs: Any) -> None:
         "--split", choices=("train", "validation", "test"), default="test", help="which cases (default: test)"
     )
     verb.add_argument("--fold", type=int, metavar="N", help="the fold that --split validation takes")
-    verb.add_argument("--limit", type=_positive, metavar="N", help="only the first N of them")
+    verb.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
     verb.add_argument("--labels", metavar="JSON", help="label names, where the data do not give them")
     verb.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the results; run again to go on")
     verb.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="in which numbers networks compute, as for predict (default: auto)",
     )  # fmt: skip
-    _add_tolerance(verb)
-    _add_device(verb)
-    _add_trust(verb)
+    add_tolerance(verb)
+    add_device(verb)
+    add_trust(verb)
 
 
 def _add_train(verbs: Any) -> None:
-    verb = _verb(verbs, "train", "train a bundle's network with its train.json; a stopped run goes on where it was")
-    _add_bundle(verb, "name or folder of a bundle with configs/train.json")
+    verb = add_verb(verbs, "train", "train a bundle's network with its train.json; a stopped run goes on where it was")
+    add_bundle(verb, "name or folder of a bundle with configs/train.json")
     verb.add_argument(
         "--data", metavar="LIST",
         help="data of your own: a datalist, nnU-Net folder or CSV (default: the manifest of the bundle's train.json)",
@@ -212,10 +219,10 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for checkpoints; run again to resume"
     )
-    verb.add_argument("--epochs", type=_positive, help="train to this epoch (default: the bundle's)")
+    verb.add_argument("--epochs", type=positive, help="train to this epoch (default: the bundle's)")
     verb.add_argument(
         "--patience",
-        type=_positive,
+        type=positive,
         metavar="EPOCHS",
         help="end the run after so many epochs without a better validation",
     )
@@ -226,18 +233,18 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument("--tensorboard", action="store_true", help="log to the output folder's tensorboard")
     verb.add_argument("--mlflow", metavar="URI", help="log to an MLflow server or database, such as sqlite:///runs.db")
     verb.add_argument(
-        "--set", nargs="+", action="extend", default=[], type=_setting, metavar="ID=VALUE",
+        "--set", nargs="+", action="extend", default=[], type=setting, metavar="ID=VALUE",
         help="any other value of the train.json, such as batch_size=4 cases=6 network_def::norm=instance",
     )  # fmt: skip
-    _add_device(verb)
-    _add_trust(verb)
+    add_device(verb)
+    add_trust(verb)
 
 
 def _add_adapt(verbs: Any) -> None:
-    verb = _verb(verbs, "adapt", "make a bundle for the labels of your own data, to be trained")
+    verb = add_verb(verbs, "adapt", "make a bundle for the labels of your own data, to be trained")
     verb.add_argument("data", metavar="LIST", help="datalist, nnU-Net folder, CSV or manifest, with named labels")
     verb.add_argument("-o", "--output", required=True, metavar="DIR", help="the new bundle's folder")
-    _add_bundle(verb, "name or folder of the bundle to copy")
+    add_bundle(verb, "name or folder of the bundle to copy")
     verb.add_argument(
         "--dataset-dir", metavar="DIR", help="where relative paths start from (default: the list's folder)"
     )
@@ -250,12 +257,8 @@ def _add_adapt(verbs: Any) -> None:
     )
 
 
-def _add_bundle(verb: argparse.ArgumentParser, meaning: str) -> None:
-    verb.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{meaning} (default: {DEFAULT_MODEL})")
-
-
 def _add_check(verbs: Any) -> None:
-    verb = _verb(verbs, "check", "look for faults in a data set before training; make folds, write a MONAI datalist")
+    verb = add_verb(verbs, "check", "look for faults in a data set before training; make folds, write a MONAI datalist")
     verb.add_argument(
         "data", help="MONAI or MSD datalist (.json), nnU-Net or MSD folder, or CSV of image, label and patient"
     )
@@ -283,7 +286,7 @@ def _add_check(verbs: Any) -> None:
 
 
 def _add_flops(verbs: Any) -> None:
-    verb = _verb(
+    verb = add_verb(
         verbs, "flops", "count what a network takes: operations (FLOPs and MACs), parameters, receptive field; or by "
         "formula",
     )  # fmt: skip
@@ -315,7 +318,7 @@ def _add_flops(verbs: Any) -> None:
         "-m", "--model", help="name, or folder or zip of a MONAI bundle: its strategy beside the other two"
     )
     bundle.add_argument("--spacing", nargs="+", type=float, metavar="MM", help="mm along each axis of the scan")
-    _add_trust(bundle)
+    add_trust(bundle)
     formula = verb.add_argument_group("a formula")
     formula.add_argument("--in", dest="in_channels", type=int, metavar="N", help="channels that go in")
     formula.add_argument("--out", dest="out_channels", type=int, metavar="N", help="channels that come out")
@@ -324,7 +327,7 @@ def _add_flops(verbs: Any) -> None:
     formula.add_argument(
         "--padding",
         nargs="+",
-        type=_number_or_word,
+        type=number_or_word,
         metavar="N",
         help="on both sides of each axis, or same (default: 0)",
     )
@@ -335,73 +338,3 @@ def _add_flops(verbs: Any) -> None:
     formula.add_argument("--tokens", nargs="+", type=int, metavar="N", help="along each axis, or how many")
     formula.add_argument("--window", nargs="+", type=int, metavar="N", help="tokens of a window along each axis")
     formula.add_argument("--patch", type=int, metavar="N", help="edge of a patch in voxels")
-
-
-def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    verb.add_argument("-v", "--verbose", action="store_true", help="more messages, and the traceback of an error")
-    return verb
-
-
-def _add_device(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "-d",
-        "--device",
-        default=os.environ.get("MEDSEG3D_DEVICE") or "auto",
-        help="auto, cpu, gpu, gpu:N, cuda:N or mps (default: auto)",
-    )
-
-
-def _add_tolerance(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--nsd-tolerance",
-        type=_millimetres,
-        default=2.0,
-        metavar="MM",
-        help="tolerance of the surface Dice in mm (default: 2)",
-    )
-
-
-def _add_trust(verb: Any) -> None:
-    verb.add_argument(
-        "--trust", action="store_true", help="run a bundle that does not ship with medseg3d; its code runs here"
-    )
-
-
-def _millimetres(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"it is a number of mm, 0 or more, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"it is a whole number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def _number_or_word(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """ID=VALUE with a value in JSON; what is none is taken as text."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"a setting is ID=VALUE, such as batch_size=4; got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def _bytes(text: str) -> int:
-    try:
-        return in_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg3d.data.datasets import SPLITS, Case, Dataset, case_names, is_datalist, read_dataset, read_document
-from medseg3d.resources import resource_folder
+from medseg3d.resources import did_you_mean, resource_folder
 
 _REQUIRED = {"name", "labels", "source"}
 _REQUIRED_OF_CASES = {"image", "patient", "split"}
@@ -31,6 +31,7 @@ def load_manifest(name_or_path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no manifest {str(name_or_path)!r}; medseg3d ships {', '.join(shipped_manifests())}"
+                + did_you_mean(name_or_path, shipped_manifests())
             )
     manifest = dict(read_document(path))
     if not manifest.keys() >= _REQUIRED:

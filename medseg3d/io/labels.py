@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,11 @@ def default_color(label: int) -> Color:
     saturation, value = _TONES[label % len(_TONES)]
     red, green, blue = colorsys.hsv_to_rgb(label * _GOLDEN % 1, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def plain_name(name: str) -> str:
+    """A label's name without capitals and punctuation, by which names that mean one organ are the same."""
+    return " ".join(re.split(r"[\W_]+", name.casefold())).strip()
 
 
 @dataclass(frozen=True)

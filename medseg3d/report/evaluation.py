@@ -10,7 +10,7 @@ import numpy as np
 
 from medseg3d.errors import in_words
 from medseg3d.io import read_label_table, read_volume
-from medseg3d.io.labels import count_labels, label_numbers
+from medseg3d.io.labels import count_labels, label_numbers, plain_name
 from medseg3d.metrics.evaluate import COLUMNS, Row, evaluate_case
 from medseg3d.report.pairing import Files, case_name, pair_cases
 from medseg3d.report.records import require_same_grid, write_csv
@@ -96,28 +96,24 @@ def evaluate_folders(
 def require_numbers(path: str | Path, labels: Mapping[int, str], named_by: str | Path | None = None) -> None:
     """ValueError if a label map file's own table has another number for one of the labels.
 
-    So it is for another name of one of the numbers if `named_by` says where the labels are from. Capitals count for
-    nothing in a name, and an underscore is a space.
+    So it is for another name of one of the numbers if `named_by` says where the labels are from. Capitals and
+    punctuation count for nothing in a name.
     """
     table = read_label_table(path)
-    numbers = {_plain(name): number for number, name in labels.items()}
+    numbers = {plain_name(name): number for number, name in labels.items()}
     for number, name in table.names.items() if table is not None else ():
-        wanted = numbers.get(_plain(name), number)
+        wanted = numbers.get(plain_name(name), number)
         if wanted != number:
             raise ValueError(
                 f"{path} calls {name} label {number}, but here it is {wanted}: numbers are compared, so both sides "
                 "must use the same for an organ; renumber one of them"
             )
-        if named_by is not None and number in labels and _plain(labels[number]) != _plain(name):
+        if named_by is not None and number in labels and plain_name(labels[number]) != plain_name(name):
             raise ValueError(
                 f"{path} calls label {number} {name}, but {named_by} calls it {labels[number]}: numbers are compared, "
                 "so both sides must use the same for an organ; renumber one of them, or if these are names of one "
                 "organ, give names for all files: --labels names.json (in Python: named_by=None)"
             )
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").split())
 
 
 def write_evaluation_csv(path: str | Path, rows: Iterable[Row]) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from inspect import signature
@@ -19,6 +18,7 @@ from medseg3d.catalogue import BundleInfo
 from medseg3d.data.manifest import dataset_of, shipped_manifests
 from medseg3d.inference.device import resolve_device
 from medseg3d.io import write_text
+from medseg3d.io.labels import plain_name
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # id of a train.json -> module and extra that it needs
 
@@ -169,18 +169,13 @@ def _require_labels(bundle: BundleInfo, manifest: Any, dataset_dir: Path) -> Non
         return
     data = {number: name for number, name in dataset.labels.items() if number}
     for number in sorted(names.keys() | data.keys()):
-        if _plain(names.get(number)) != _plain(data.get(number)):
-            here, there = data.get(number, "missing"), names.get(number, "missing")
+        here, there = data.get(number, "missing"), names.get(number, "missing")
+        if plain_name(here) != plain_name(there):
             raise ValueError(
                 f"label {number} is {here} in {dataset.name} and {there} in {bundle.name}, so the network would learn "
                 "organs under wrong names: renumber the label maps, or make a bundle for these labels: medseg3d adapt "
                 f"{manifest} -m {bundle.name} -o my_bundle"
             )
-
-
-def _plain(name: str | None) -> str | None:
-    """A name whose spelling differs in case and punctuation alone is the same."""
-    return name and re.sub(r"[\W_]+", "", name.lower())
 
 
 def _require_same_data(folder: Path, parser: ConfigParser) -> None:

@@ -75,7 +75,7 @@ def test_labels_of_other_organs_are_refused_before_anything_is_read(labels, word
 
 def test_names_that_are_spelled_otherwise_are_the_same_organs(tmp_path):
     bundle = find_bundle("headneck_ct_unet")
-    labels = {"0": "Background"} | {str(n): name.replace("_", " ").title() for n, name in bundle.labels.items()}
+    labels = {"0": "Background"} | {str(n): name.replace("_", "-").title() for n, name in bundle.labels.items()}
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"labels": labels, "training": [{"image": "a.nii", "label": "b.nii"}]}))
     with pytest.raises(RuntimeError) as error:

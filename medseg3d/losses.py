@@ -24,7 +24,10 @@ class PartialDiceCELoss(nn.Module):
     In such a case a background voxel may belong to a missing organ. Its class probabilities are therefore added to the
     background's before both terms (the marginal loss of Shi et al., Medical Image Analysis 70, 2021), and the Dice term
     leaves missing classes out. With every class annotated this is the ordinary sum of soft Dice (over the batch,
-    background excluded) and cross-entropy. The batch is that of all processes that train together.
+    background excluded) and cross-entropy.
+
+    The batch is that of all processes that train together: where the logits carry a gradient the call is a collective
+    one, which each process must make. Without, as in validation, it is the loss of the process's own batch.
 
     Classes of which the batch has no voxel are left out of the Dice term too. There it could only reward silence, and a
     small organ that few windows show would be silenced for good.
@@ -63,7 +66,16 @@ class PartialDiceCELoss(nn.Module):
             ValueError: on shapes that do not fit.
         """
         known_BK = _checked(logits, labels, annotated)
-        return _PartialDiceCE.apply(logits, labels, known_BK, self.dice_weight, self.smooth, self.organ_share)
+        learns = torch.is_grad_enabled() and logits.requires_grad  # within the function no gradient is ever wanted
+        return _PartialDiceCE.apply(
+            logits,
+            labels,
+            known_BK,
+            self.dice_weight,
+            self.smooth,
+            self.organ_share,
+            _processes() if learns else 1,
+        )
 
 
 class _PartialDiceCE(torch.autograd.Function):
@@ -83,6 +95,7 @@ class _PartialDiceCE(torch.autograd.Function):
         weight: float,
         smooth: float,
         organ_share: float,
+        processes: int,
     ) -> torch.Tensor:
         log_probs_BKN = logits.flatten(2).float().log_softmax(dim=1)
         labels_B1N = labels.flatten(2).long()
@@ -96,10 +109,11 @@ class _PartialDiceCE(torch.autograd.Function):
         one_hot_BKN = labels_B1N == torch.arange(logits.shape[1], device=logits.device)[:, None]
         overlap_K = torch.where(one_hot_BKN, probs_BKN, 0.0).sum((0, 2))
         probability_K = (probs_BKN.sum(2) * known_BK).sum(0)
-        overlap_K, probability_K, size_K = _over_processes(
-            torch.stack([overlap_K, probability_K, one_hot_BKN.sum((0, 2))])
-        )
-        voxels = labels_B1N.numel() * _processes()
+        sums_3K = torch.stack([overlap_K, probability_K, one_hot_BKN.sum((0, 2))])
+        if processes > 1:
+            dist.all_reduce(sums_3K)
+        overlap_K, probability_K, size_K = sums_3K
+        voxels = labels_B1N.numel() * processes
         weight_K = (organ_share * voxels / size_K.clamp(min=1)).clamp(1.0, _MOST_WEIGHT)
         weight_K[0] = 1.0
         weight_B1N = weight_K[labels_B1N]
@@ -110,7 +124,7 @@ class _PartialDiceCE(torch.autograd.Function):
         total_K = probability_K + size_K + smooth
         dice_K = (2 * overlap_K + smooth) / total_K
         ctx.save_for_backward(probs_BKN, labels_B1N, known_BK, background_B1N, weight_B1N, share_K / total_K, dice_K)
-        ctx.logits = (logits.shape, logits.dtype)
+        ctx.logits, ctx.processes = (logits.shape, logits.dtype), processes
         return cross_entropy + (share_K * (1 - dice_K)).sum()
 
     @staticmethod
@@ -118,7 +132,7 @@ class _PartialDiceCE(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         probs_BKN, labels_B1N, known_BK, background_B1N, weight_B1N, factor_K, dice_K = ctx.saved_tensors
         each_B1N = weight_B1N / labels_B1N.numel()
-        factor_K = factor_K * _processes()  # they average their gradients, but each has its own voxels' part alone
+        factor_K = factor_K * ctx.processes  # they average their gradients, but each has its own voxels' part alone
         by_any_BK = factor_K * dice_K * known_BK  # derivative of Dice by p_k, and what is added to it where y = k
         by_own_K = -2 * factor_K
         own_B1N = probs_BKN.gather(1, labels_B1N) * by_own_K[labels_B1N]
@@ -130,19 +144,12 @@ class _PartialDiceCE(torch.autograd.Function):
         result_BKN = (left_BK3 @ right_B3N).mul_(probs_BKN)
         result_BKN.scatter_add_(1, labels_B1N, torch.where(labels_B1N > 0, own_B1N - each_B1N, 0.0))
         shape, dtype = ctx.logits
-        return (result_BKN.mul_(grad)).view(shape).to(dtype), None, None, None, None, None
+        return (result_BKN.mul_(grad)).view(shape).to(dtype), None, None, None, None, None, None
 
 
 def _processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _over_processes(sums: torch.Tensor) -> torch.Tensor:
-    """The sums of all processes together."""
-    if _processes() > 1:
-        dist.all_reduce(sums)
-    return sums
 
 
 class MarginalLoss(nn.Module):

@@ -1,0 +1,55 @@
+"""Losses where a training puts them: several processes, autocast, transforms, labels that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from medseg3d.losses import PartialDiceCELoss
+
+
+def case(batch=2, classes=4, shape=(3, 4, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, *shape, generator=generator)
+    labels = torch.randint(0, classes, (batch, 1, *shape), generator=generator)
+    return logits, labels
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    """Two processes with the same batch; the sums that they exchanged."""
+    exchanged = []
+
+    def all_reduce(sums):
+        exchanged.append(sums.clone())
+        sums.mul_(2)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    return exchanged
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_without_a_gradient_a_process_may_compute_the_loss_alone(twins, mode):
+    """Another process would never answer."""
+    logits, labels = case()
+    with mode():
+        PartialDiceCELoss()(logits, labels)
+        assert not twins
+
+
+def test_in_training_the_batch_is_that_of_all_processes(twins, monkeypatch):
+    logits, labels = case()
+    loss_function = PartialDiceCELoss(smooth=1.0)
+    ours = logits.clone().requires_grad_()
+    loss = loss_function(ours, labels)
+    loss.backward()
+    assert len(twins) == 1
+    monkeypatch.undo()
+    both = torch.cat([logits, logits]).requires_grad_()
+    expected = loss_function(both, torch.cat([labels, labels]))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(ours.grad / 2, both.grad[:2], rtol=1e-5, atol=1e-8)  # gradients are averaged

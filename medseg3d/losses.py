@@ -67,15 +67,10 @@ class PartialDiceCELoss(nn.Module):
         """
         known_BK = _checked(logits, labels, annotated)
         learns = torch.is_grad_enabled() and logits.requires_grad  # within the function no gradient is ever wanted
-        return _PartialDiceCE.apply(
-            logits,
-            labels,
-            known_BK,
-            self.dice_weight,
-            self.smooth,
-            self.organ_share,
-            _processes() if learns else 1,
-        )
+        processes = _processes() if learns else 1
+        settings = (self.dice_weight, self.smooth, self.organ_share, processes)
+        with torch.autocast(logits.device.type, enabled=False):
+            return _PartialDiceCE.apply(logits, labels, known_BK, *settings)
 
 
 class _PartialDiceCE(torch.autograd.Function):
@@ -136,12 +131,14 @@ class _PartialDiceCE(torch.autograd.Function):
         by_any_BK = factor_K * dice_K * known_BK  # derivative of Dice by p_k, and what is added to it where y = k
         by_own_K = -2 * factor_K
         own_B1N = probs_BKN.gather(1, labels_B1N) * by_own_K[labels_B1N]
-        mean_B1N = by_any_BK[:, None] @ probs_BKN + own_B1N
+        with torch.autocast(grad.device.type, enabled=False):
+            mean_B1N = by_any_BK[:, None] @ probs_BKN + own_B1N
         merged_BK = (~known_BK).index_fill(1, torch.zeros(1, dtype=torch.long, device=grad.device), True)
         of_background_B1N = (labels_B1N == 0) * each_B1N * torch.exp(-background_B1N).clamp(max=1 / _TINY)
         left_BK3 = torch.stack([by_any_BK, torch.ones_like(by_any_BK), -merged_BK.float()], dim=2)
         right_B3N = torch.cat([torch.ones_like(mean_B1N), each_B1N - mean_B1N, of_background_B1N], dim=1)
-        result_BKN = (left_BK3 @ right_B3N).mul_(probs_BKN)
+        with torch.autocast(grad.device.type, enabled=False):
+            result_BKN = (left_BK3 @ right_B3N).mul_(probs_BKN)
         result_BKN.scatter_add_(1, labels_B1N, torch.where(labels_B1N > 0, own_B1N - each_B1N, 0.0))
         shape, dtype = ctx.logits
         return (result_BKN.mul_(grad)).view(shape).to(dtype), None, None, None, None, None, None

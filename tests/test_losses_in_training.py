@@ -53,3 +53,17 @@ def test_in_training_the_batch_is_that_of_all_processes(twins, monkeypatch):
     expected.backward()
     assert loss.item() == pytest.approx(expected.item())
     torch.testing.assert_close(ours.grad / 2, both.grad[:2], rtol=1e-5, atol=1e-8)  # gradients are averaged
+
+
+def test_within_autocast_value_and_gradient_are_those_without():
+    logits, labels = case(shape=(16, 16, 16))
+    labels[labels == 3] = 0
+    annotated = torch.tensor([[True, True, True, False], [True] * 4])
+    plain, cast = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = PartialDiceCELoss()(plain, labels, annotated)
+    expected.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = PartialDiceCELoss()(cast, labels, annotated)
+        loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(cast.grad, plain.grad, rtol=1e-6, atol=0)

@@ -63,7 +63,8 @@ class PartialDiceCELoss(nn.Module):
             annotated: (B, K) boolean, False where a class was not contoured in that case; None where all were.
 
         Raises:
-            ValueError: on shapes that do not fit.
+            ValueError: on shapes that do not fit, labels that are no classes, or of an organ that is said not to be
+                contoured.
         """
         known_BK = _checked(logits, labels, annotated)
         learns = torch.is_grad_enabled() and logits.requires_grad  # within the function no gradient is ever wanted
@@ -178,7 +179,8 @@ class MarginalLoss(nn.Module):
             annotated: (B, K) boolean, False where a class was not contoured in that case; None where all were.
 
         Raises:
-            ValueError: on shapes that do not fit, or labels of an organ that is said not to be contoured.
+            ValueError: on shapes that do not fit, labels that are no classes, or of an organ that is said not to be
+                contoured.
         """
         annotated = _checked(logits, labels, annotated)
         with torch.autocast(logits.device.type, enabled=False):
@@ -198,16 +200,15 @@ def _merged(logits: torch.Tensor, labels: torch.Tensor, known_K: torch.Tensor) -
         return logits, labels
     background = torch.cat([logits[:, :1], logits[:, ~known_K]], dim=1).logsumexp(dim=1, keepdim=True)
     new_number_K = known_K.cumsum(0) - 1
-    if not known_K[labels.long()].all():
-        raise ValueError("labels has voxels of a class that annotated calls not contoured: make them background")
     return torch.cat([background, logits[:, known_K][:, 1:]], dim=1), new_number_K[labels.long()]
 
 
 def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None) -> torch.Tensor:
-    """Which classes each case knows (B, K), the background always; ValueError on shapes that do not fit."""
+    """Which classes each case knows (B, K), the background always; ValueError on what does not fit."""
     batch, classes = logits.shape[:2]
     if labels.shape != (batch, 1, *logits.shape[2:]):
         raise ValueError(f"labels must be {(batch, 1, *logits.shape[2:])} for these logits, got {tuple(labels.shape)}")
+    _check_range(labels, classes, "make others background")
     if annotated is None:
         return torch.ones(batch, classes, dtype=torch.bool, device=logits.device)
     if annotated.shape != (batch, classes):
@@ -217,7 +218,21 @@ def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor
         )
     known_BK = annotated.bool().clone()  # zeros and ones will do as well as booleans
     known_BK[:, 0] = True
+    if not known_BK.gather(1, labels.flatten(1).long()).all():
+        raise ValueError("labels has voxels of a class that annotated calls not contoured: make them background")
     return known_BK
+
+
+def _check_range(labels: torch.Tensor, classes: int, advice: str) -> None:
+    """ValueError unless all labels are classes. A GPU is waited for, once; it would only tell that something failed."""
+    if not labels.numel() or torch.compiler.is_compiling():
+        return
+    lowest, highest = torch.stack(labels.long().aminmax()).tolist()
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"labels must be 0 to {classes - 1} for logits of {classes} channels, got {lowest} to {highest}: the "
+            f"network needs a channel for each class and one for the background; {advice}"
+        )
 
 
 class WeightedCrossEntropyLoss(nn.Module):
@@ -242,11 +257,11 @@ class WeightedCrossEntropyLoss(nn.Module):
 
         Args:
             logits: (B, K, ...), any float type.
-            labels: (B, 1, ...), class numbers.
+            labels: (B, 1, ...), class numbers 0 to K - 1; any number where the weight is 0.
             weights: (B, 1, ...), 0 or more.
 
         Raises:
-            ValueError: labels or weights of another size.
+            ValueError: labels or weights of another size, or labels that are no classes.
         """
         size = (len(logits), 1, *logits.shape[2:])
         if tuple(labels.shape) != size or tuple(weights.shape) != size:
@@ -254,8 +269,10 @@ class WeightedCrossEntropyLoss(nn.Module):
                 f"logits {tuple(logits.shape)} need labels and weights of {size}, "
                 f"got {tuple(labels.shape)} and {tuple(weights.shape)}"
             )
+        labels = labels.long().masked_fill(weights == 0, 0)
+        _check_range(labels, logits.shape[1], "give voxels of no class the weight 0")
         with torch.autocast(logits.device.type, enabled=False):
-            losses = nn.functional.cross_entropy(logits.float(), labels[:, 0].long(), reduction="none")
+            losses = nn.functional.cross_entropy(logits.float(), labels[:, 0], reduction="none")
             weights = weights[:, 0].float()
             total = (losses * weights).sum()
             if self.reduction == "sum":

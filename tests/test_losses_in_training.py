@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import monai.losses
 import pytest
 import torch
 import torch.distributed as dist
 
-from medseg3d.losses import PartialDiceCELoss
+from medseg3d.losses import MarginalLoss, PartialDiceCELoss, WeightedCrossEntropyLoss
 
 
 def case(batch=2, classes=4, shape=(3, 4, 2), seed=0):
@@ -67,3 +68,42 @@ def test_within_autocast_value_and_gradient_are_those_without():
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(cast.grad, plain.grad, rtol=1e-6, atol=0)
+
+
+def weighted(logits, labels):
+    return WeightedCrossEntropyLoss()(logits, labels, torch.ones(labels.shape))
+
+
+LOSSES = [PartialDiceCELoss(), MarginalLoss(monai.losses.DiceCELoss(to_onehot_y=True, softmax=True)), weighted]
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize(("channels", "wrong", "got"), [(4, -1, "-1 to 3"), (4, 255, "0 to 255"), (1, 1, "0 to 1")])
+def test_labels_that_are_no_classes_are_refused(loss_function, dtype, channels, wrong, got):
+    logits, labels = case(classes=channels)
+    labels[0, 0, 0, 0, 0], labels[0, 0, 0, 0, 1] = wrong, 0
+    with pytest.raises(ValueError, match=f"0 to {channels - 1} for logits of {channels} channels, got {got}: the net"):
+        loss_function(logits, labels.to(dtype))
+
+
+def test_voxels_without_weight_may_have_any_label():
+    logits, labels = case()
+    weights = torch.ones(labels.shape)
+    weights[:, :, 0] = 0
+    expected = WeightedCrossEntropyLoss("sum")(logits, labels, weights)
+    for number in (-1, 255):
+        labels[:, :, 0] = number
+        assert WeightedCrossEntropyLoss("sum")(logits, labels, weights) == expected
+    assert labels[:, :, 0].eq(255).all(), "the labels are not changed"
+
+
+def test_labels_of_an_organ_that_was_not_contoured_are_refused():
+    """Both losses could otherwise learn from what the list of cases calls unknown."""
+    logits, labels = case()
+    labels[0][labels[0] == 2] = 0
+    annotated = torch.tensor([[True, True, False, True], [True] * 4])
+    for loss_function in LOSSES[:2]:
+        loss_function(logits, labels, annotated)
+        with pytest.raises(ValueError, match="annotated calls not contoured"):
+            loss_function(logits, labels, annotated.flip(0))

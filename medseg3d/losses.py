@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 _TINY = 1e-30  # a probability that counts as nothing
@@ -27,7 +28,8 @@ class PartialDiceCELoss(nn.Module):
     background excluded) and cross-entropy.
 
     The batch is that of all processes that train together: where the logits carry a gradient the call is a collective
-    one, which each process must make. Without, as in validation, it is the loss of the process's own batch.
+    one, which each process must make. Without, as in validation, or within a transform of torch.func, it is the loss of
+    the process's own batch.
 
     Classes of which the batch has no voxel are left out of the Dice term too. There it could only reward silence, and a
     small organ that few windows show would be silenced for good.
@@ -68,10 +70,63 @@ class PartialDiceCELoss(nn.Module):
         """
         known_BK = _checked(logits, labels, annotated)
         learns = torch.is_grad_enabled() and logits.requires_grad  # within the function no gradient is ever wanted
-        processes = _processes() if learns else 1
-        settings = (self.dice_weight, self.smooth, self.organ_share, processes)
+        settings = (self.dice_weight, self.smooth, self.organ_share)
         with torch.autocast(logits.device.type, enabled=False):
-            return _PartialDiceCE.apply(logits, labels, known_BK, *settings)
+            if _is_transformed():
+                return _partial_dice_ce(logits, labels, known_BK, *settings)[0]
+            return _PartialDiceCE.apply(logits, labels, known_BK, *settings, _processes() if learns else 1)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func, such as vmap, runs, which does not know our autograd function."""
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+
+
+def _has_values() -> bool:
+    """Whether tensors have values that can be looked at: neither a compiler nor a transform runs."""
+    return not torch.compiler.is_compiling() and not _is_transformed()
+
+
+def _partial_dice_ce(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    known_BK: torch.Tensor,
+    weight: float,
+    smooth: float,
+    organ_share: float,
+    processes: int = 1,
+    *,
+    exp: Callable[[torch.Tensor], torch.Tensor] = torch.exp,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The loss, and what its gradient is worked out from. With ``torch.exp_`` as ``exp`` it takes less memory, and
+    autograd cannot follow it."""
+    log_probs_BKN = logits.flatten(2).float().log_softmax(dim=1)
+    labels_B1N = labels.flatten(2).long()
+    target_B1N = log_probs_BKN.gather(1, labels_B1N)
+    background_B1N = log_probs_BKN[:, :1].clone()
+    probs_BKN = exp(log_probs_BKN)
+    merged_BK = ~known_BK
+    missing_B1N = (merged_BK.float()[:, None] @ probs_BKN).clamp(min=_TINY)
+    background_B1N = torch.logaddexp(background_B1N, missing_B1N.log())
+
+    one_hot_BKN = labels_B1N == torch.arange(logits.shape[1], device=logits.device)[:, None]
+    overlap_K = torch.where(one_hot_BKN, probs_BKN, 0.0).sum((0, 2))
+    probability_K = (probs_BKN.sum(2) * known_BK).sum(0)
+    sums_3K = torch.stack([overlap_K, probability_K, one_hot_BKN.sum((0, 2))])
+    if processes > 1:
+        dist.all_reduce(sums_3K)
+    overlap_K, probability_K, size_K = sums_3K
+    voxels = labels_B1N.numel() * processes
+    organ_K = torch.arange(len(size_K), device=logits.device) > 0
+    weight_K = (organ_share * voxels / size_K.clamp(min=1)).clamp(1.0, _MOST_WEIGHT).where(organ_K, 1.0)
+    weight_B1N = weight_K[labels_B1N]
+    cross_entropy = -torch.where(labels_B1N > 0, weight_B1N * target_B1N, background_B1N).mean()
+    present_K = organ_K & (size_K > 0)
+    share_K = weight * present_K / present_K.sum().clamp(min=1)
+    total_K = probability_K + size_K + smooth
+    dice_K = (2 * overlap_K + smooth) / total_K
+    kept = (probs_BKN, labels_B1N, known_BK, background_B1N, weight_B1N, share_K / total_K, dice_K)
+    return cross_entropy + (share_K * (1 - dice_K)).sum(), kept
 
 
 class _PartialDiceCE(torch.autograd.Function):
@@ -84,44 +139,12 @@ class _PartialDiceCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        known_BK: torch.Tensor,
-        weight: float,
-        smooth: float,
-        organ_share: float,
-        processes: int,
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, known_BK: torch.Tensor, *settings: Any
     ) -> torch.Tensor:
-        log_probs_BKN = logits.flatten(2).float().log_softmax(dim=1)
-        labels_B1N = labels.flatten(2).long()
-        target_B1N = log_probs_BKN.gather(1, labels_B1N)
-        background_B1N = log_probs_BKN[:, :1].clone()
-        probs_BKN = log_probs_BKN.exp_()
-        merged_BK = ~known_BK
-        missing_B1N = (merged_BK.float()[:, None] @ probs_BKN).clamp_(min=_TINY)
-        background_B1N = torch.logaddexp(background_B1N, missing_B1N.log_())
-
-        one_hot_BKN = labels_B1N == torch.arange(logits.shape[1], device=logits.device)[:, None]
-        overlap_K = torch.where(one_hot_BKN, probs_BKN, 0.0).sum((0, 2))
-        probability_K = (probs_BKN.sum(2) * known_BK).sum(0)
-        sums_3K = torch.stack([overlap_K, probability_K, one_hot_BKN.sum((0, 2))])
-        if processes > 1:
-            dist.all_reduce(sums_3K)
-        overlap_K, probability_K, size_K = sums_3K
-        voxels = labels_B1N.numel() * processes
-        weight_K = (organ_share * voxels / size_K.clamp(min=1)).clamp(1.0, _MOST_WEIGHT)
-        weight_K[0] = 1.0
-        weight_B1N = weight_K[labels_B1N]
-        cross_entropy = -torch.where(labels_B1N > 0, weight_B1N * target_B1N, background_B1N).mean()
-        present_K = size_K > 0
-        present_K[0] = False
-        share_K = weight * present_K / present_K.sum().clamp(min=1)
-        total_K = probability_K + size_K + smooth
-        dice_K = (2 * overlap_K + smooth) / total_K
-        ctx.save_for_backward(probs_BKN, labels_B1N, known_BK, background_B1N, weight_B1N, share_K / total_K, dice_K)
-        ctx.logits, ctx.processes = (logits.shape, logits.dtype), processes
-        return cross_entropy + (share_K * (1 - dice_K)).sum()
+        loss, kept = _partial_dice_ce(logits, labels, known_BK, *settings, exp=torch.exp_)
+        ctx.save_for_backward(*kept)
+        ctx.logits, ctx.processes = (logits.shape, logits.dtype), settings[-1]
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -218,14 +241,14 @@ def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor
         )
     known_BK = annotated.bool().clone()  # zeros and ones will do as well as booleans
     known_BK[:, 0] = True
-    if not known_BK.gather(1, labels.flatten(1).long()).all():
+    if _has_values() and not known_BK.gather(1, labels.flatten(1).long()).all():
         raise ValueError("labels has voxels of a class that annotated calls not contoured: make them background")
     return known_BK
 
 
 def _check_range(labels: torch.Tensor, classes: int, advice: str) -> None:
     """ValueError unless all labels are classes. A GPU is waited for, once; it would only tell that something failed."""
-    if not labels.numel() or torch.compiler.is_compiling():
+    if not labels.numel() or not _has_values():
         return
     lowest, highest = torch.stack(labels.long().aminmax()).tolist()
     if lowest < 0 or highest >= classes:

@@ -107,3 +107,36 @@ def test_labels_of_an_organ_that_was_not_contoured_are_refused():
         loss_function(logits, labels, annotated)
         with pytest.raises(ValueError, match="annotated calls not contoured"):
             loss_function(logits, labels, annotated.flip(0))
+
+
+def test_gradients_by_torch_func_are_those_of_autograd():
+    logits, labels = case()
+    labels[0][labels[0] == 2] = 0
+    annotated = torch.tensor([[True, True, False, True], [True] * 4])
+    loss_function = PartialDiceCELoss(0.4, 2.0, 0.4)
+    ours = logits.clone().requires_grad_()
+    expected = loss_function(ours, labels, annotated)
+    expected.backward()
+    gradient, loss = torch.func.grad_and_value(loss_function)(logits, labels, annotated)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, ours.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_of_each_case_by_vmap():
+    logits, labels = case()
+    labels[0][labels[0] == 2] = 0
+    annotated = torch.tensor([[True, True, False, True], [True] * 4])
+    alone = logits[:, None], labels[:, None], annotated[:, None]
+    gradients = torch.vmap(torch.func.grad(PartialDiceCELoss()))(*alone)
+    for gradient, *one in zip(gradients, *alone, strict=True):
+        expected = torch.func.grad(PartialDiceCELoss())(*one)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_torch_compile_sees_one_graph():
+    """No check of values breaks it."""
+    logits, labels = case()
+    annotated = torch.ones(2, 4, dtype=torch.bool)
+    compiled = torch.compile(PartialDiceCELoss(), fullgraph=True, backend="eager")
+    expected = PartialDiceCELoss()(logits, labels, annotated)
+    torch.testing.assert_close(compiled(logits.requires_grad_(), labels, annotated), expected)

@@ -41,18 +41,26 @@ class PartialDiceCELoss(nn.Module):
             small it is; no voxel counts for more than 50. Where an organ fills a thousandth of a window, a network from
             random weights answers "background" for hundreds of steps, or for good, since Dice has next to no gradient
             there; 0.01 to 0.02 leads it out. With 0 all voxels count alike.
+        ignore_index: label of voxels that count for nothing, such as 255.
 
     Raises:
         ValueError: a share outside 0 to 1.
     """
 
-    def __init__(self, dice_weight: float = 1.0, smooth: float = 1e-5, organ_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        dice_weight: float = 1.0,
+        smooth: float = 1e-5,
+        organ_share: float = 0.0,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
         if not 0 <= organ_share <= 1:
             raise ValueError(f"organ_share is a share of a batch's voxels, 0 to 1, got {organ_share}")
         self.dice_weight = dice_weight
         self.smooth = smooth
         self.organ_share = organ_share
+        self.ignore_index = ignore_index
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None = None
@@ -61,30 +69,30 @@ class PartialDiceCELoss(nn.Module):
 
         Args:
             logits: (B, K, ...), any float type.
-            labels: (B, 1, ...), class numbers 0 to K - 1; 0 is the background.
+            labels: (B, 1, ...), class numbers 0 to K - 1, 0 for the background, and ``ignore_index``.
             annotated: (B, K) boolean, False where a class was not contoured in that case; None where all were.
 
         Raises:
-            ValueError: on shapes that do not fit, labels that are no classes, or of an organ that is said not to be
-                contoured.
+            ValueError: on shapes that do not fit, labels that are no classes, or of organs that were not contoured.
         """
-        known_BK = _checked(logits, labels, annotated)
-        learns = torch.is_grad_enabled() and logits.requires_grad  # within the function no gradient is ever wanted
-        settings = (self.dice_weight, self.smooth, self.organ_share)
+        known_BK, labels = _checked(logits, labels, annotated, self.ignore_index)
+        # Asked here: within an autograd function no gradient is ever wanted.
+        together = torch.is_grad_enabled() and logits.requires_grad and dist.is_available() and dist.is_initialized()
+        settings = (self.dice_weight, self.smooth, self.organ_share, self.ignore_index is not None)
         with torch.autocast(logits.device.type, enabled=False):
             if _is_transformed():
                 return _partial_dice_ce(logits, labels, known_BK, *settings)[0]
-            return _PartialDiceCE.apply(logits, labels, known_BK, *settings, _processes() if learns else 1)
+            return _PartialDiceCE.apply(logits, labels, known_BK, *settings, dist.get_world_size() if together else 1)
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of torch.func, such as vmap, runs, which does not know our autograd function."""
+    """Whether a transform of torch.func runs, such as vmap, which does not know our autograd function."""
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
-def _has_values() -> bool:
-    """Whether tensors have values that can be looked at: neither a compiler nor a transform runs."""
-    return not torch.compiler.is_compiling() and not _is_transformed()
+def _is_followed() -> bool:
+    """Whether a compiler or a transform runs: tensors have no values then that could be checked."""
+    return torch.compiler.is_compiling() or _is_transformed()
 
 
 def _partial_dice_ce(
@@ -94,6 +102,7 @@ def _partial_dice_ce(
     weight: float,
     smooth: float,
     organ_share: float,
+    ignoring: bool,
     processes: int = 1,
     *,
     exp: Callable[[torch.Tensor], torch.Tensor] = torch.exp,
@@ -101,31 +110,32 @@ def _partial_dice_ce(
     """The loss, and what its gradient is worked out from. With ``torch.exp_`` as ``exp`` it takes less memory, and
     autograd cannot follow it."""
     log_probs_BKN = logits.flatten(2).float().log_softmax(dim=1)
-    labels_B1N = labels.flatten(2).long()
+    one_hot_BKN = labels.flatten(2) == torch.arange(logits.shape[1], device=logits.device)[:, None]
+    labels_B1N = labels.flatten(2).clamp(min=0)
     target_B1N = log_probs_BKN.gather(1, labels_B1N)
     background_B1N = log_probs_BKN[:, :1].clone()
-    probs_BKN = exp(log_probs_BKN)
+    counted_B1N = labels.flatten(2) >= 0
+    probs_BKN = exp(log_probs_BKN.where(counted_B1N, -torch.inf) if ignoring else log_probs_BKN)
     merged_BK = ~known_BK
     missing_B1N = (merged_BK.float()[:, None] @ probs_BKN).clamp(min=_TINY)
     background_B1N = torch.logaddexp(background_B1N, missing_B1N.log())
 
-    one_hot_BKN = labels_B1N == torch.arange(logits.shape[1], device=logits.device)[:, None]
     overlap_K = torch.where(one_hot_BKN, probs_BKN, 0.0).sum((0, 2))
     probability_K = (probs_BKN.sum(2) * known_BK).sum(0)
     sums_3K = torch.stack([overlap_K, probability_K, one_hot_BKN.sum((0, 2))])
     if processes > 1:
         dist.all_reduce(sums_3K)
     overlap_K, probability_K, size_K = sums_3K
-    voxels = labels_B1N.numel() * processes
+    voxels = size_K.sum().clamp(min=1)
     organ_K = torch.arange(len(size_K), device=logits.device) > 0
     weight_K = (organ_share * voxels / size_K.clamp(min=1)).clamp(1.0, _MOST_WEIGHT).where(organ_K, 1.0)
-    weight_B1N = weight_K[labels_B1N]
-    cross_entropy = -torch.where(labels_B1N > 0, weight_B1N * target_B1N, background_B1N).mean()
+    each_B1N = (weight_K * processes / voxels)[labels_B1N] * counted_B1N
+    cross_entropy = -(each_B1N * torch.where(labels_B1N > 0, target_B1N, background_B1N)).sum()
     present_K = organ_K & (size_K > 0)
     share_K = weight * present_K / present_K.sum().clamp(min=1)
     total_K = probability_K + size_K + smooth
     dice_K = (2 * overlap_K + smooth) / total_K
-    kept = (probs_BKN, labels_B1N, known_BK, background_B1N, weight_B1N, share_K / total_K, dice_K)
+    kept = (probs_BKN, labels_B1N, known_BK, background_B1N, each_B1N, share_K / total_K, dice_K)
     return cross_entropy + (share_K * (1 - dice_K)).sum(), kept
 
 
@@ -149,8 +159,7 @@ class _PartialDiceCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        probs_BKN, labels_B1N, known_BK, background_B1N, weight_B1N, factor_K, dice_K = ctx.saved_tensors
-        each_B1N = weight_B1N / labels_B1N.numel()
+        probs_BKN, labels_B1N, known_BK, background_B1N, each_B1N, factor_K, dice_K = ctx.saved_tensors
         factor_K = factor_K * ctx.processes  # they average their gradients, but each has its own voxels' part alone
         by_any_BK = factor_K * dice_K * known_BK  # derivative of Dice by p_k, and what is added to it where y = k
         by_own_K = -2 * factor_K
@@ -165,12 +174,7 @@ class _PartialDiceCE(torch.autograd.Function):
             result_BKN = (left_BK3 @ right_B3N).mul_(probs_BKN)
         result_BKN.scatter_add_(1, labels_B1N, torch.where(labels_B1N > 0, own_B1N - each_B1N, 0.0))
         shape, dtype = ctx.logits
-        return (result_BKN.mul_(grad)).view(shape).to(dtype), None, None, None, None, None, None
-
-
-def _processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return (result_BKN.mul_(grad)).view(shape).to(dtype), *[None] * 7
 
 
 class MarginalLoss(nn.Module):
@@ -185,11 +189,16 @@ class MarginalLoss(nn.Module):
             softmax=True)``; V-Net's Dice (Milletari et al., 2016, section 3) is ``DiceLoss(to_onehot_y=True,
             softmax=True, squared_pred=True, smooth_nr=0)``. It must turn logits into probabilities by softmax and
             reduce to one number, and have no weights of single classes, which change their places.
+        ignore_index: label of voxels that count for nothing, such as 255. Each case then goes through the loss alone,
+            as (1, K, voxels that count).
     """
 
-    def __init__(self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ignore_index: int | None = None
+    ) -> None:
         super().__init__()
         self.loss = loss
+        self.ignore_index = ignore_index
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None = None
@@ -198,23 +207,29 @@ class MarginalLoss(nn.Module):
 
         Args:
             logits: (B, K, ...), any float type.
-            labels: (B, 1, ...), class numbers 0 to K - 1; 0 is the background.
+            labels: (B, 1, ...), class numbers 0 to K - 1, 0 for the background, and ``ignore_index``.
             annotated: (B, K) boolean, False where a class was not contoured in that case; None where all were.
 
         Raises:
-            ValueError: on shapes that do not fit, labels that are no classes, or of an organ that is said not to be
-                contoured.
+            ValueError: on shapes that do not fit, labels that are no classes, or of organs that were not contoured.
         """
-        annotated = _checked(logits, labels, annotated)
+        known_BK, labels = _checked(logits, labels, annotated, self.ignore_index)
         with torch.autocast(logits.device.type, enabled=False):
             total = logits.new_zeros((), dtype=torch.float32)
-            for known_K in annotated.unique(dim=0):
-                cases = (annotated == known_K).all(dim=1)
+            for known_K in known_BK.unique(dim=0):
+                cases = (known_BK == known_K).all(dim=1)
                 merged, renamed = _merged(logits[cases].float(), labels[cases], known_K)
                 # Where nothing was looked for there is nothing to learn; MONAI takes a single channel for a mask's.
-                loss = self.loss(merged, renamed) if known_K[1:].any() else 0 * merged.sum()
-                total = total + loss * cases.sum() / len(logits)
+                loss = self._sum(merged, renamed) if known_K[1:].any() else 0 * merged.sum()
+                total = total + loss / len(logits)
         return total
+
+    def _sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss times the number of cases."""
+        if self.ignore_index is None:
+            return self.loss(logits, labels) * len(logits)
+        parts = [(case[None, :, y[0] >= 0], y[None, :, y[0] >= 0]) for case, y in zip(logits, labels, strict=True)]
+        return sum((self.loss(*part) for part in parts if part[1].numel()), 0 * logits.sum())
 
 
 def _merged(logits: torch.Tensor, labels: torch.Tensor, known_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,18 +237,23 @@ def _merged(logits: torch.Tensor, labels: torch.Tensor, known_K: torch.Tensor) -
     if known_K.all():
         return logits, labels
     background = torch.cat([logits[:, :1], logits[:, ~known_K]], dim=1).logsumexp(dim=1, keepdim=True)
-    new_number_K = known_K.cumsum(0) - 1
-    return torch.cat([background, logits[:, known_K][:, 1:]], dim=1), new_number_K[labels.long()]
+    new_number_B1 = (known_K.cumsum(0) - 1)[labels.clamp(min=0)].where(labels >= 0, -1)
+    return torch.cat([background, logits[:, known_K][:, 1:]], dim=1), new_number_B1
 
 
-def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None) -> torch.Tensor:
-    """Which classes each case knows (B, K), the background always; ValueError on what does not fit."""
+def _checked(
+    logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor | None, ignore_index: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which classes each case knows (B, K), the background always; labels, int64, -1 where ignored; or ValueError."""
     batch, classes = logits.shape[:2]
     if labels.shape != (batch, 1, *logits.shape[2:]):
         raise ValueError(f"labels must be {(batch, 1, *logits.shape[2:])} for these logits, got {tuple(labels.shape)}")
-    _check_range(labels, classes, "make others background")
+    labels = counted = labels.long()
+    if ignore_index is not None:
+        counted, labels = (labels.masked_fill(labels == ignore_index, number) for number in (0, -1))
+    _check_range(counted, classes, "label voxels that are not to count with ignore_index")
     if annotated is None:
-        return torch.ones(batch, classes, dtype=torch.bool, device=logits.device)
+        return torch.ones(batch, classes, dtype=torch.bool, device=logits.device), labels
     if annotated.shape != (batch, classes):
         raise ValueError(
             f"annotated must be {(batch, classes)}, got {tuple(annotated.shape)}: the network must have a class for "
@@ -241,14 +261,14 @@ def _checked(logits: torch.Tensor, labels: torch.Tensor, annotated: torch.Tensor
         )
     known_BK = annotated.bool().clone()  # zeros and ones will do as well as booleans
     known_BK[:, 0] = True
-    if _has_values() and not known_BK.gather(1, labels.flatten(1).long()).all():
+    if not _is_followed() and not known_BK.gather(1, counted.flatten(1)).all():
         raise ValueError("labels has voxels of a class that annotated calls not contoured: make them background")
-    return known_BK
+    return known_BK, labels
 
 
 def _check_range(labels: torch.Tensor, classes: int, advice: str) -> None:
     """ValueError unless all labels are classes. A GPU is waited for, once; it would only tell that something failed."""
-    if not labels.numel() or not _has_values():
+    if not labels.numel() or _is_followed():
         return
     lowest, highest = torch.stack(labels.long().aminmax()).tolist()
     if lowest < 0 or highest >= classes:

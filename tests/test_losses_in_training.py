@@ -140,3 +140,59 @@ def test_torch_compile_sees_one_graph():
     compiled = torch.compile(PartialDiceCELoss(), fullgraph=True, backend="eager")
     expected = PartialDiceCELoss()(logits, labels, annotated)
     torch.testing.assert_close(compiled(logits.requires_grad_(), labels, annotated), expected)
+
+
+def ignoring(number):
+    return [PartialDiceCELoss(0.4, 2.0, 0.4, number), MarginalLoss(LOSSES[1].loss, number)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("number", [255, -1, 3])
+@pytest.mark.parametrize("unknown", [(), (2,)])
+def test_ignored_voxels_count_for_nothing(which, number, unknown):
+    """Value and gradient are those of the other voxels alone, whatever the network says of the ignored ones."""
+    logits, labels = case(shape=(6, 4, 2))
+    logits[:, :, :3] *= 1e4
+    labels[labels == 3] = 1
+    annotated = torch.ones(2, 4, dtype=torch.bool)
+    for organ in unknown:
+        annotated[0, organ] = False
+        labels[0][labels[0] == organ] = 0
+    rest, known = logits[:, :, 3:].clone().requires_grad_(), labels[:, :, 3:].clone()
+    labels[:, :, :3] = number
+    logits.requires_grad_()
+    loss_function = ignoring(number)[which]
+    loss, expected = loss_function(logits, labels, annotated), ignoring(None)[which](rest, known, annotated)
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(logits.grad[:, :, 3:], rest.grad, rtol=1e-5, atol=1e-8)
+    assert not logits.grad[:, :, :3].any()
+    if which == 0:
+        gradient = torch.func.grad(loss_function)(logits.detach(), labels, annotated)
+        torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_cases_count_by_the_voxels_that_are_not_ignored():
+    logits, labels = case(shape=(6, 8))
+    labels[0, :, :5], labels[1, :, :1] = 255, 255
+    counted = labels[:, 0] < 255
+    together = logits.movedim(1, -1)[counted].T[None], labels[:, 0][counted][None, None]
+    torch.testing.assert_close(ignoring(255)[0](logits, labels), ignoring(None)[0](*together))
+
+
+@pytest.mark.parametrize("loss_function", ignoring(255))
+def test_a_batch_of_ignored_voxels_teaches_nothing(loss_function):
+    logits, labels = case()
+    logits.requires_grad_()
+    loss = loss_function(logits, torch.full_like(labels, 255))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("loss_function", ignoring(255))
+def test_only_the_number_that_is_ignored_may_be_no_class(loss_function):
+    logits, labels = case()
+    labels[0, 0, 0, 0, 0], labels[0, 0, 0, 0, 1] = 255, -1
+    with pytest.raises(ValueError, match="got -1 to 3"):
+        loss_function(logits, labels)

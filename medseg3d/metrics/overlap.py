@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medseg3d.metrics.regions import label_masks
+from medseg3d.metrics.regions import as_masks, label_masks
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,11 @@ class Overlap:
 
     @classmethod
     def of(cls, predicted: np.ndarray, reference: np.ndarray) -> Overlap:
-        """Counts of two bool masks of the same shape."""
+        """Counts of two masks of the same shape, not 0 inside.
+
+        Raises ValueError when the shapes differ, or a mask holds fractions such as probabilities.
+        """
+        predicted, reference = as_masks(predicted, reference)
         return cls(*(int(np.count_nonzero(mask)) for mask in (predicted, reference, predicted & reference)))
 
     @property

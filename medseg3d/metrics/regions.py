@@ -23,6 +23,21 @@ def as_label_map(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def as_masks(predicted: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as bool masks, True where they are not 0.
+
+    Raises ValueError when the shapes differ, or one holds fractions such as probabilities.
+    """
+    masks = np.asarray(predicted), np.asarray(reference)
+    _check_shapes(*masks)
+    if any(mask.dtype.kind == "f" and (mask % 1 != 0).any() for mask in masks):
+        raise ValueError(
+            "masks are True or other than 0 inside, got fractions such as probabilities: choose a threshold"
+        )
+    first, second = (mask if mask.dtype == bool else mask != 0 for mask in masks)
+    return first, second
+
+
 def label_boxes(label_map: np.ndarray, labels: Iterable[int]) -> dict[int, Box]:
     """Tight box of each of `labels` (>= 1) that occurs in `label_map`, in one pass; absent labels have no entry."""
     wanted = list(labels)
@@ -43,11 +58,7 @@ def label_masks(
     A label that neither map holds gives two empty masks. Raises ValueError when the shapes differ.
     """
     prediction, reference = as_label_map(prediction), as_label_map(reference)
-    if prediction.shape != reference.shape:
-        raise ValueError(
-            f"prediction and reference must lie on the same grid, got the shapes {prediction.shape} and "
-            f"{reference.shape}; resample one onto the other first"
-        )
+    _check_shapes(prediction, reference)
     labels = list(labels)
     sides = (label_boxes(prediction, labels), label_boxes(reference, labels))
     nowhere = (slice(0, 0),) * prediction.ndim
@@ -55,6 +66,14 @@ def label_masks(
         boxes = [side[label] for side in sides if label in side]
         box = _around(boxes) if boxes else nowhere
         yield label, prediction[box] == label, reference[box] == label
+
+
+def _check_shapes(prediction: np.ndarray, reference: np.ndarray) -> None:
+    if prediction.shape != reference.shape:
+        raise ValueError(
+            f"prediction and reference must lie on the same grid, got the shapes {prediction.shape} and "
+            f"{reference.shape}; resample one onto the other first"
+        )
 
 
 def _around(boxes: list[Box]) -> Box:

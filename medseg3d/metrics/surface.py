@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import KDTree
 
-from medseg3d.metrics.regions import label_masks
+from medseg3d.metrics.regions import as_masks, label_masks
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class SurfaceDistances:
     def of(
         cls, predicted: np.ndarray, reference: np.ndarray, spacing: Sequence[float] | np.ndarray
     ) -> SurfaceDistances:
-        """Distances between two bool masks of the same shape; `spacing` as in `surface_distances`."""
+        """Distances between two masks of the same shape, not 0 inside; `spacing` as in `surface_distances`.
+
+        Raises ValueError when the shapes differ, a mask holds fractions, or the spacing does not fit.
+        """
+        predicted, reference = as_masks(predicted, reference)
         steps = voxel_steps(spacing, predicted.ndim)
         p, r = (np.argwhere(surface(mask)) @ steps.T for mask in (predicted, reference))
         return cls(_nearest(p, r), _nearest(r, p))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from medseg3d.metrics import Overlap, dice, iou, overlaps
 
@@ -66,6 +67,21 @@ def test_a_label_beyond_the_values_of_the_map_is_absent():
 def test_works_in_two_dimensions():
     prediction = np.eye(3, dtype=np.uint8)
     assert dice(prediction, np.ones((3, 3), np.uint8), [1])[1] == pytest.approx(2 * 3 / 12)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32, torch.tensor, list])
+def test_masks_of_any_kind_are_true_where_they_are_not_zero(kind):
+    predicted, reference = np.array([[2, 0, 4], [2, 0, 0]]), np.array([[1, 1, 4], [0, 0, 0]])
+    assert Overlap.of(kind(predicted), kind(reference)) == Overlap(predicted=3, reference=3, common=2)
+
+
+def test_masks_that_cannot_be_compared_are_refused():
+    mask = np.ones((1, 4), bool)
+    with pytest.raises(ValueError, match=r"the same grid, got the shapes \(1, 4\) and \(3, 4\)"):
+        Overlap.of(mask, np.ones((3, 4), bool))
+    for probability in (0.4, np.nan):
+        with pytest.raises(ValueError, match="fractions such as probabilities: choose a threshold"):
+            Overlap.of(mask, mask * probability)
 
 
 def test_refusals():

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -138,3 +139,18 @@ def test_images_of_two_axes():
     assert surface(np.ones((4, 5), bool)).sum() == 4 * 5 - 2 * 3
     sheared = np.array([[1.0, 1], [0, 3]])
     assert hausdorff(prediction, reference, sheared, [1])[1] == pytest.approx(math.hypot(3 + 4, 12))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32, torch.tensor])
+def test_masks_of_any_kind_are_true_where_they_are_not_zero(kind):
+    predicted, reference = two_points((1, 2, 0))
+    distances = SurfaceDistances.of(kind(predicted * 2), kind(reference), SPACING)
+    assert distances.hausdorff() == pytest.approx(math.hypot(2, 2))
+    nothing = SurfaceDistances.of(kind(predicted * 2), kind(reference * 0), SPACING)
+    assert (nothing.hausdorff(), nothing.dice(1.0)) == (math.inf, 0)
+
+
+def test_masks_of_different_shapes_are_refused():
+    mask = np.ones((3, 4, 5), bool)
+    with pytest.raises(ValueError, match="same grid"):
+        SurfaceDistances.of(mask, mask[:2], SPACING)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 Box = tuple[slice, ...]
+_MANY = 1 << 16  # SciPy makes room for every number up to the largest label
 
 
 def as_label_map(array: np.ndarray) -> np.ndarray:
@@ -45,8 +46,15 @@ def label_boxes(label_map: np.ndarray, labels: Iterable[int]) -> dict[int, Box]:
         raise ValueError(f"labels to measure are 1 or more (0 is the background), got {sorted(wanted)}")
     array = as_label_map(label_map)
     turned = array.flags.f_contiguous and not array.flags.c_contiguous  # as files are read; SciPy is slow across memory
-    found = ndimage.find_objects(array.T if turned else array, max_label=max(wanted, default=1))
-    boxes = {label: found[label - 1] for label in wanted if found[label - 1] is not None}
+    array = array.T if turned else array
+    places = {label: label for label in wanted}
+    if max(wanted, default=1) > _MANY:
+        numbers = np.unique(wanted)
+        places = {label: place for place, label in enumerate(numbers.tolist(), 1)}
+        place = np.searchsorted(numbers, array).clip(max=len(numbers) - 1)
+        array = np.where(numbers[place] == array, place + 1, 0)
+    found = ndimage.find_objects(array, max_label=max(places.values(), default=1))
+    boxes = {label: found[places[label] - 1] for label in wanted if found[places[label] - 1] is not None}
     return {label: box[::-1] for label, box in boxes.items()} if turned else boxes
 
 

@@ -64,6 +64,16 @@ def test_a_label_beyond_the_values_of_the_map_is_absent():
     assert overlaps(prediction, reference, [300]) == {300: Overlap(0, 0, 0)}
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_labels_may_be_large_numbers(order):
+    prediction, reference = (np.asarray(array, np.int64, order=order) for array in maps())
+    prediction[0, 0, :4], reference[0, 0, 1:6] = 2**40, 2**40
+    prediction[1], reference[1, 0] = 3, 3
+    prediction[3, 4, 5], reference[3, 4, 5] = 2**40 - 1, 2**40 + 1
+    found = dice(prediction, reference, [3, 2**40, 2**41, 7])
+    assert found == pytest.approx({3: 12 / 36, 2**40: 6 / 9, 2**41: math.nan, 7: math.nan}, nan_ok=True)
+
+
 def test_works_in_two_dimensions():
     prediction = np.eye(3, dtype=np.uint8)
     assert dice(prediction, np.ones((3, 3), np.uint8), [1])[1] == pytest.approx(2 * 3 / 12)

@@ -73,7 +73,7 @@ class CocoPrecision:
         geometry: Geometry = "masks",
         rules: CocoRules | None = None,
     ) -> CocoPrecision:
-        """One image or scan; ValueError where the shapes differ."""
+        """One image or scan; ValueError where the shapes differ, or a score is NaN."""
         rules = rules or CocoRules()
         records = {}
         for number in sorted({*prediction.classes.tolist(), *reference.classes.tolist()}):
@@ -124,6 +124,8 @@ class CocoPrecision:
 
     def average_recall(self, limit: int | None = None, area: str = "all", category: int | None = None) -> float:
         """AR, the mean of the recall over categories and thresholds, with up to ``limit`` detections an image."""
+        if limit is not None and limit not in self.rules.limits:
+            raise ValueError(f"the limit of detections is one of {self.rules.limits}, got {limit}")
         column = len(self.rules.limits) - 1 if limit is None else self.rules.limits.index(limit)
         return _mean(self.recall[:, self._categories(category), self._area(area), column])
 
@@ -201,7 +203,8 @@ class VocPrecision:
         geometry: Geometry = "boxes",
         inclusive: bool = False,
     ) -> VocPrecision:
-        """One image. ``inclusive``: x1 and y1 are the last pixels inside, as in VOC's own files."""
+        """One image; errors as of `CocoPrecision`. ``inclusive``: x1 and y1 are the last pixels inside, as in VOC's own
+        files."""
         records = {}
         for number in sorted({*prediction.classes.tolist(), *reference.classes.tolist()}):
             ranked = prediction[prediction.classes == number].by_score()

@@ -69,7 +69,7 @@ class SurfaceDistances:
 
         Counted in surface voxels, not weighted by area.
         """
-        if tolerance_mm < 0:
+        if not tolerance_mm >= 0:  # which NaN is not
             raise ValueError(f"the tolerance of the surface Dice is a distance of 0 mm or more, got {tolerance_mm}")
         pooled = self._pooled()
         # A voxel exactly at the tolerance is within it, whatever the rounding: 3 * 0.1 > 0.3 in floating point.

@@ -105,8 +105,18 @@ class Instances:
 
     @classmethod
     def from_boxes(cls, boxes: Any, shape: Sequence[int], **rest: Any) -> Instances:
-        """From boxes (N, 2 n) alone: the masks are the pixels whose centres they hold, cut at the image's edge."""
+        """From boxes (N, 2 n) alone: the masks are the pixels whose centres they hold, cut at the image's edge.
+
+        Raises:
+            ValueError: boxes of another shape, not finite, or with the far corner before the near one.
+        """
         table = _table(boxes, len(boxes), 2 * len(shape))
+        if (wrong := (table[:, len(shape) :] < table[:, : len(shape)]).any(axis=1)).any():
+            index = int(wrong.argmax())
+            raise ValueError(
+                f"boxes are a low corner and a high corner, box {index} is {table[index].tolist()}; boxes "
+                "(x, y, width, height) become (x, y, x + width, y + height)"
+            )
         regions = []
         for box in table:
             low, high = box[: len(shape)][::-1], box[len(shape) :][::-1]
@@ -151,7 +161,9 @@ class Instances:
         return Instances(self.shape, self.regions, **columns, categories=categories)
 
     def by_score(self) -> Instances:
-        """The highest score first; equal ones keep their order."""
+        """The highest score first; equal ones keep their order. ValueError where a score is NaN."""
+        if np.isnan(self.scores).any():
+            raise ValueError(f"scores rank the instances, got NaN as score {int(np.isnan(self.scores).argmax())}")
         return self[np.argsort(-self.scores, kind="stable")]
 
     @property
@@ -195,6 +207,9 @@ def _column(values: Any, default: Any, n: int, dtype: type, what: str) -> np.nda
 def _table(boxes: Any, n: int, width: int) -> np.ndarray:
     table = np.array(boxes, np.float64)
     table = table.reshape(0, width) if table.size == 0 and n == 0 else table
-    if table.shape != (n, width) or not np.isfinite(table).all():
-        raise ValueError(f"{n} boxes are a finite array ({n}, {width}), low corner and high corner, got {table.shape}")
+    if table.shape != (n, width):
+        raise ValueError(f"{n} boxes are an array ({n}, {width}), low corner and high corner, got {table.shape}")
+    if (wrong := ~np.isfinite(table).all(axis=1)).any():
+        index = int(wrong.argmax())
+        raise ValueError(f"boxes are finite numbers, box {index} is {table[index].tolist()}")
     return table

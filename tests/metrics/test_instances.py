@@ -110,6 +110,24 @@ def test_average_precision_by_hand():
     assert math.isnan(voc.average_precision(5))
 
 
+def test_what_average_precision_refuses():
+    one = boxes((0, 0, 10, 10), (20, 0, 30, 10))
+    with pytest.raises(ValueError, match=r"limit of detections is one of \(1, 10, 100\), got 5"):
+        CocoPrecision.of(one, one).average_recall(limit=5)
+    unknown = boxes((0, 0, 10, 10), (20, 0, 30, 10), scores=[0.5, math.nan])
+    for precision in (CocoPrecision, VocPrecision):
+        with pytest.raises(ValueError, match="got NaN as score 1"):
+            precision.of(unknown, one)
+
+
+def test_boxes_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"boxes are finite numbers, box 1 is \[0.0, nan, 10.0, 10.0\]"):
+        boxes((0, 0, 10, 10), (0, math.nan, 10, 10))
+    for box in ((30, 20, 10, 40), (30, 20, 40, 10)):
+        with pytest.raises(ValueError, match=r"box 0 is .*; boxes \(x, y, width, height\) become \(x, y, x \+ width"):
+            boxes(box)
+
+
 def test_a_summary_tells_what_its_rules_have():
     one = Instances.from_boxes([(0, 0, 4, 4)], (8, 8))
     rules = CocoRules(thresholds=(0.5,), areas={"all": (0, 1e10), "tiny": (0, 16), "large": (17, 1e10)})

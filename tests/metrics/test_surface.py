@@ -154,3 +154,9 @@ def test_masks_of_different_shapes_are_refused():
     mask = np.ones((3, 4, 5), bool)
     with pytest.raises(ValueError, match="same grid"):
         SurfaceDistances.of(mask, mask[:2], SPACING)
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.nan])
+def test_a_tolerance_is_a_distance(tolerance):
+    with pytest.raises(ValueError, match=f"0 mm or more, got {tolerance}"):
+        surface_dice(*two_points((1, 0, 0)), SPACING, [1], tolerance_mm=tolerance)

@@ -183,7 +183,7 @@ def test_refusals():
         Panoptic(np.ones((4, 5), int), {1: Segment(2)}, {1: "a"})
     with pytest.raises(ValueError, match="1 masks have 1 scores"):
         Instances.from_masks(ones, scores=[1, 2])
-    with pytest.raises(ValueError, match="boxes are a finite array"):
+    with pytest.raises(ValueError, match="boxes are finite numbers"):
         Instances.from_masks(ones, boxes=[(1, 2, np.nan, 4)])
     with pytest.raises(ValueError, match=r"classes \[1\] have no category"):
         Instances.from_masks(ones, categories={2: "b"})

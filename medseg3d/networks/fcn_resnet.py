@@ -102,7 +102,7 @@ class FCNResNet(nn.Module):
 
 def _cross_entropy(logits_BKHW: torch.Tensor, classes_BHW: torch.Tensor) -> torch.Tensor:
     """The mean over what is not ignored; 0 where all is."""
-    total = F.cross_entropy(logits_BKHW, classes_BHW, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(logits_BKHW, classes_BHW.long(), ignore_index=IGNORED, reduction="sum")
     return total / (classes_BHW != IGNORED).sum().clamp(min=1)
 
 

@@ -202,3 +202,11 @@ def test_resnet_s_losses():
     sum(ignored.values()).backward()
     assert not any(parameter.grad.any() for parameter in network.parameters())
     assert list(FCNResNet(1, 3, backbone_arguments={"width_per_group": 8})(x, targets)) == ["out"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_resnet_s_targets_may_be_of_any_integers(dtype):
+    network = FCNResNet(1, 3, backbone_arguments={"width_per_group": 8}).eval()
+    x, targets = torch.randn(1, 1, 33, 40), torch.randint(0, 3, (1, 33, 40))
+    targets[:, :10] = 255
+    assert network(x, targets.to(dtype)) == network(x, targets)

@@ -176,9 +176,7 @@ class MaskRCNN(nn.Module):
         shapes = [record.resized for record in records]
         height, width = batch_BCHW.shape[2:]
         padded = [(height, width)] * len(shapes)
-        features = self.backbone(batch_BCHW)
-        if isinstance(features, torch.Tensor):
-            features = {"0": features}
+        features = self.maps(batch_BCHW)
         proposals, losses = self.rpn(features, shapes, (height, width), moved)
         if moved is not None:
             return {**self.roi_heads.losses(features, proposals, padded, moved), **losses}
@@ -189,6 +187,12 @@ class MaskRCNN(nn.Module):
                 detection["masks"], detection["boxes"], record.original, threshold=self.mask_threshold
             )[:, None]
         return detections
+
+    def maps(self, batch_BCHW: torch.Tensor) -> Any:
+        """The backbone's maps by name, of a batch of any float type."""
+        own = next((parameter.dtype for parameter in self.backbone.parameters()), batch_BCHW.dtype)
+        features = self.backbone(batch_BCHW.to(own))
+        return {"0": features} if isinstance(features, torch.Tensor) else features
 
 
 def maskrcnn_resnet50_fpn(

@@ -9,7 +9,7 @@ Shape legend: ``image_CHW`` is a picture, ``boxes_N4`` are (x0, y0, x1, y1) in p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ class DetectionTransform:
             ValueError: a picture of another shape or type.
         """
         pictures, records = [], []
-        for index, image in enumerate(images):
+        for index, image in enumerate(images if isinstance(images, Iterable) else [images]):
             self._check(image, index)
             resized, record = self._resize(self._normalise(image), training=targets is not None)
             pictures.append(resized)
@@ -122,7 +122,10 @@ class DetectionTransform:
 
     def _check(self, image: torch.Tensor, index: int) -> None:
         if not isinstance(image, torch.Tensor):
-            raise ValueError(f"images are tensors, image {index} is a {type(image).__name__}: use torch.from_numpy")
+            raise ValueError(
+                f"images are tensors, image {index} is a {type(image).__name__}: of a picture of 8 bits pass "
+                "torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255"
+            )
         channels = len(self.image_mean)
         if image.dim() != 3 or image.shape[0] != channels or not all(image.shape[1:]):
             raise ValueError(

@@ -118,7 +118,7 @@ class UPSNet(nn.Module):
         shapes = [record.resized for record in records]
         height, width = batch_BCHW.shape[2:]
         padded = [(height, width)] * len(shapes)
-        features = self.detector.backbone(batch_BCHW)
+        features = self.detector.maps(batch_BCHW)
         logits_BKQR = self.semantic_head([features[name] for name in MAPS])
         proposals, losses = self.detector.rpn(features, shapes, (height, width), moved)
         if targets is None or moved is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from medseg3d.networks import MaskRCNN, build, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
@@ -223,6 +225,15 @@ def test_pictures_that_are_none(network, images, message):
         network(images)
 
 
+def test_what_the_refusal_of_a_pil_picture_advises_works(network):
+    image = Image.new("RGB", (50, 40), (10, 20, 30))
+    for images in (image, [image]):
+        with pytest.raises(ValueError, match="image 0 is a Image") as refusal:
+            network(images)
+    advice = str(refusal.value).partition(" pass ")[2]
+    network([eval(advice, {"torch": torch, "np": np, "image": image})])
+
+
 def test_keywords_and_numbers_that_are_none():
     with pytest.raises(TypeError, match="MaskRCNN has no keyword box_thresh; it has rpn_anchor_generator"):
         MaskRCNN("resnet18", 2, box_thresh=0.3)
@@ -310,6 +321,17 @@ def test_one_channel_and_one_map():
     with torch.no_grad():
         (found,) = network([torch.rand(1, 30, 40)])
     assert found["masks"].shape[1:] == (1, 30, 40) and len(found["boxes"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_pictures_of_any_float_type(network, images, targets, dtype):
+    cast = [image.to(dtype) for image in images]
+    with torch.no_grad():
+        found, same = network(cast)[0], network([image.float() for image in cast])[0]
+        assert all(torch.isfinite(loss) for loss in network(cast, targets).values())
+    assert found["boxes"].dtype == torch.float32 and len(found["boxes"])
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, same)
 
 
 def test_bfloat16_autocast_gives_float32_results(network, images, targets):

@@ -57,6 +57,13 @@ def nothing(target):
     return {**empty, "semantic": target["semantic"].clamp(max=1)}
 
 
+def test_pictures_of_float64():
+    image, _ = scene()
+    with torch.no_grad():
+        (found,) = small().eval()([image.double()])
+    assert found["semantic"].shape == image.shape[1:]
+
+
 def test_losses_come_with_targets_only_and_reach_every_parameter():
     network, (image, target) = small(), scene()
     cut = {**target, "semantic": target["semantic"][:80, :100], "masks": target["masks"][:, :80, :100]}

@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from medseg3d.metrics.instances import Geometry, pairwise_iou
+from medseg3d.metrics.summing import Summable
 from medseg3d.tasks import Categories, Instances
 
 _TINY = float(np.spacing(1))
@@ -54,7 +55,7 @@ class _Ranked:
 
 
 @dataclass(frozen=True, eq=False)
-class CocoPrecision:
+class CocoPrecision(Summable):
     """Precision and recall of ranked detections by the rules of COCO.
 
     Greedy from the highest score, each detection takes the free object of the highest IoU at or above the threshold;
@@ -185,7 +186,7 @@ class CocoPrecision:
 
 
 @dataclass(frozen=True, eq=False)
-class VocPrecision:
+class VocPrecision(Summable):
     """Average precision of ranked detections by the rules of PASCAL VOC, at one IoU threshold.
 
     Each detection is compared with the object of the highest IoU only: it hits if that is at the threshold or above and

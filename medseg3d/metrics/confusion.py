@@ -12,12 +12,13 @@ import numpy as np
 
 from medseg3d.metrics.counting import joint_counts
 from medseg3d.metrics.regions import as_label_map
+from medseg3d.metrics.summing import Summable
 
 USUAL_VOID = 255
 
 
 @dataclass(frozen=True, eq=False)
-class Confusion:
+class Confusion(Summable):
     """How many voxels of each reference class were given each class. A value; ``+`` adds data sets up.
 
     ``counts`` is (K, K + 1) int64, reference class by predicted class; its last column holds the voxels to which the

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from medseg3d.metrics.summing import Summable
 from medseg3d.tasks import Instances
 
 Geometry = Literal["masks", "boxes"]
@@ -44,7 +45,7 @@ def pairwise_iou(
 
 
 @dataclass(frozen=True)
-class ObjectCounts:
+class ObjectCounts(Summable):
     """Objects found, false alarms and objects missed, at one IoU threshold. A value; ``+`` adds images up."""
 
     found: int = 0

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medseg3d.metrics.counting import joint_counts
+from medseg3d.metrics.summing import Summable
 from medseg3d.tasks import Categories, Category, Panoptic
 
 
 @dataclass(frozen=True)
-class SegmentCounts:
+class SegmentCounts(Summable):
     """Of one category: the sum of IoU over matched segments, how many matched, and how many of either side did not."""
 
     iou: float = 0.0
@@ -48,7 +49,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class PanopticQuality:
+class PanopticQuality(Summable):
     """Counts of segments by category. A value; ``+`` adds images, data sets and processes up.
 
     Over a data set: ``sum((PanopticQuality.of(p, r) for p, r in pairs), PanopticQuality())``.

@@ -8,6 +8,7 @@ import pytest
 from medseg3d.metrics import (
     CocoPrecision,
     CocoRules,
+    Confusion,
     ObjectCounts,
     PanopticQuality,
     VocPrecision,
@@ -126,6 +127,23 @@ def test_boxes_that_are_none_are_refused():
     for box in ((30, 20, 10, 40), (30, 20, 40, 10)):
         with pytest.raises(ValueError, match=r"box 0 is .*; boxes \(x, y, width, height\) become \(x, y, x \+ width"):
             boxes(box)
+
+
+def test_counts_add_up_by_sum():
+    """Which begins with 0, and with nothing else."""
+    one, other = boxes((0, 0, 10, 10)), boxes((0, 0, 10, 8), (20, 0, 30, 10))
+    maps = np.array([[0, 1], [1, 1]]), np.array([[0, 1], [0, 1]])
+    panoptic = Panoptic(np.ones((4, 5), int), {1: Segment(2)}, {2: "a"})
+    for parts in (
+        [ObjectCounts.of(one, one), ObjectCounts.of(one, other)],
+        [CocoPrecision.of(one, one), CocoPrecision.of(one, other)],
+        [VocPrecision.of(one, one), VocPrecision.of(one, other)],
+        [PanopticQuality.of(panoptic, panoptic)] * 2,
+        [Confusion.of(*maps, 2), Confusion.of(*maps[::-1], 2)],
+    ):
+        assert str(sum(parts)) == str(parts[0] + parts[1]) != str(parts[0])
+        with pytest.raises(TypeError):
+            1 + parts[0]
 
 
 def test_a_summary_tells_what_its_rules_have():

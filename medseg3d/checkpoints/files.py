@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, TypeAlias
 
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+Source: TypeAlias = str | os.PathLike[str] | IO[bytes] | Mapping[str, Any]
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 RECORD = "medseg3d"  # the entry in which save_checkpoint says what it saved
 FORMAT = 1  # of that entry
@@ -55,9 +56,10 @@ class Weights:
     notes: list[str] = field(default_factory=list)
 
 
-def read_weights(source: str | os.PathLike[str] | Mapping[str, Any], entry: str | None = None) -> Weights:
+def read_weights(source: Source, entry: str | None = None) -> Weights:
     """The tensors of a .pt, .pth, .ckpt or .safetensors file, of a zip with one of these, or of a mapping.
 
+    A file that is open for reading bytes is read from where it stands, into memory.
     What a file is, its content says and not its suffix. Of several sets of tensors ``entry`` names the one to take,
     where there is such; else it is the one under a trainer's usual name.
 
@@ -67,6 +69,8 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any], entry: str 
     """
     if isinstance(source, Mapping):
         return _from_content(source, "the given mapping", entry)
+    if not isinstance(source, str | os.PathLike):
+        return _from_open_file(source, entry)
     if "://" in os.fspath(source):
         raise ValueError(f"{source} is an address; nothing is downloaded here: download the file and give its path")
     path = Path(source)
@@ -77,6 +81,20 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any], entry: str 
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     return _read(path, str(path), entry)
+
+
+def _from_open_file(source: IO[bytes], entry: str | None) -> Weights:
+    if not hasattr(source, "read"):
+        raise TypeError(
+            f"weights are a path, a file open for reading bytes, or a mapping, got a {type(source).__name__}"
+        )
+    name = str(getattr(source, "name", "the given file"))
+    content = source.read()
+    if not isinstance(content, bytes):
+        raise ValueError(f"{name} is open as text, weights are bytes: open it with mode 'rb'")
+    if not content:
+        raise ValueError(f"{name} has nothing left to read: call its seek(0) first, or see whether it is empty")
+    return _read(io.BytesIO(content), name, entry)
 
 
 def _read(file: Path | io.BytesIO, name: str, entry: str | None) -> Weights:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from medseg3d.checkpoints.advice import advise
 from medseg3d.checkpoints.comparison import align, compare, resize_all_positions
-from medseg3d.checkpoints.files import Weights, read_weights
+from medseg3d.checkpoints.files import Source, Weights, read_weights
 from medseg3d.checkpoints.merging import order_of, set_order, settle_order
 from medseg3d.checkpoints.report import CheckpointMismatch, CheckpointReport, percent
 from medseg3d.checkpoints.saving import bare
@@ -22,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def load_checkpoint(
     network: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: Source,
     *,
     threshold: float = 1.0,
     scope: str | None = None,
@@ -40,7 +38,8 @@ def load_checkpoint(
 
     Args:
         network: a network of medseg3d or of MONAI, on any device, wrapped or not.
-        source: a .pt, .pth, .ckpt or .safetensors file, a zip with one of these, or a state_dict that is loaded.
+        source: a .pt, .pth, .ckpt or .safetensors file, a zip with one of these, either of them open for reading bytes,
+            or a state_dict that is loaded.
         threshold: least part of the parameters in the scope that must find their values, and of the file's values
             that must find their place, 0 to 1. What does not fit keeps its values.
         scope: beginning of the network's keys to load, "" for all. By default that of the encoder, "swinViT." or

@@ -92,6 +92,22 @@ def conv_and_batch_norm(
     return nn.Sequential(OrderedDict(conv=conv, adn=norm))
 
 
+def is_convolution(
+    layer: nn.Module, kind: type[nn.Module], size: int, stride: int = 1, padding: int = 0, bias: bool = True
+) -> bool:
+    """Whether the layer is exactly of this ``kind`` of ``CONV`` or ``TRANSPOSED_CONV`` and of this kernel.
+
+    Then its weight and its bias, which ``bias`` allows, say all. Otherwise it must be called: it was replaced.
+    """
+    if type(layer) is not kind or "forward" in vars(layer):
+        return False
+    own: Any = layer
+    axes = len(own.kernel_size)
+    geometry = own.kernel_size, own.stride, own.padding, own.dilation
+    wanted = tuple((number,) * axes for number in (size, stride, padding, 1))
+    return geometry == wanted and own.groups == 1 and own.padding_mode == "zeros" and (bias or own.bias is None)
+
+
 def centre_crop(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The middle of ``x_BC...`` in the size of ``like_BC...``; where the difference is odd the end loses one more."""
     for axis in range(2, x.dim()):

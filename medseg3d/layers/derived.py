@@ -25,11 +25,12 @@ def is_symbolic(x: torch.Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def check_axes(x: torch.Tensor, spatial_dims: int, first: Any, network: str) -> None:
-    """ValueError unless ``x`` is (batch, channels, *spatial axes), as many channels as the ``first`` layer takes."""
+def check_axes(x: torch.Tensor, spatial_dims: int, first: nn.Module, network: str) -> None:
+    """ValueError unless ``x`` is (batch, channels, *spatial axes), as many channels as the ``first`` part takes."""
     if x.dim() != spatial_dims + 2:
         raise ValueError(f"{network} takes {spatial_dims} spatial axes, got a shape of {tuple(x.shape[2:])}")
-    channels = getattr(first, "in_channels", x.shape[1])  # it may have been replaced
+    # Parts may have been replaced.
+    channels = next((part.in_channels for part in first.modules() if hasattr(part, "in_channels")), x.shape[1])
     if x.shape[1] != channels:
         raise ValueError(f"{network} takes images (batch, {channels}, ...), {channels} channels, got {tuple(x.shape)}")
 
@@ -44,6 +45,11 @@ def is_hooked(*modules: nn.Module) -> bool:
         for module in modules
         for part in module.modules()
     )
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether a hook waits for a call of the module or a part of it. One that counts what runs does not mind."""
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and is_hooked(module)
 
 
 def _state(source: torch.Tensor) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ def normalize_and_activate(
     ``x_BC...`` must be of no further use to the caller and of none to the gradient of what made it, as is the output of
     a convolution: it may be overwritten, unless a hook looks at the norm or another part of its ``block``.
     """
-    if isinstance(norm, InstanceNorm | nn.GroupNorm) and _has_kernels(x) and not is_hooked(block or norm):
+    if _is_known(norm) and _has_kernels(x) and not is_hooked(block or norm):
         if not torch.is_grad_enabled():
             return _normalize_(x, norm, slope, residual)
         if isinstance(norm, InstanceNorm) and norm.weight is None and x.requires_grad:
@@ -104,9 +104,14 @@ def normalize_and_activate(
 
 def slope_of(act: nn.Module) -> float | None:
     """The slope below 0 of a ReLU or a leaky one, for `normalize_and_activate`; None for other activations."""
-    if isinstance(act, nn.LeakyReLU):
+    if type(act) is nn.LeakyReLU:  # a subclass may compute something else
         return act.negative_slope
-    return 0.0 if isinstance(act, nn.ReLU) else None
+    return 0.0 if type(act) is nn.ReLU else None
+
+
+def _is_known(norm: nn.Module) -> TypeGuard[InstanceNorm | nn.GroupNorm]:
+    """Whether the norm computes what its numbers say; a subclass may compute something else."""
+    return type(norm) in (InstanceNorm, GroupNorm, nn.GroupNorm) and "forward" not in vars(norm)
 
 
 def _has_kernels(x: torch.Tensor) -> bool:

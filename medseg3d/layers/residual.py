@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medseg3d.layers.convolution import CONV, NameAndArguments, norm_layer
-from medseg3d.layers.derived import Derived, is_hooked, is_plain_eager
+from medseg3d.layers.convolution import CONV, TRANSPOSED_CONV, NameAndArguments, is_convolution, norm_layer
+from medseg3d.layers.derived import Derived, is_hooked, is_plain_eager, must_be_called
 from medseg3d.layers.layout import channels_last
 from medseg3d.layers.normalization import normalize_and_activate
 from medseg3d.layers.upsampling import (
@@ -37,13 +37,12 @@ MERGE_FROM_VOXELS = 32**3
 MERGE_FROM_CHANNELS = 32
 
 
-def pointwise(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d | nn.Identity) -> torch.Tensor:
-    """``conv`` of kernel and stride 1 on ``x_BC...``; an identity may stand in its place."""
-    if isinstance(conv, nn.Identity):
-        return x
-    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
-        if is_plain_eager() and is_hooked(conv):
-            return conv(x)
+def pointwise(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """The convolution of kernel and stride 1 in a ``_Named`` on ``x_BC...``, as a matrix product if nobody can tell."""
+    conv = _only_conv(layer)
+    built = conv is not None and is_convolution(conv, CONV[x.dim() - 2], 1)
+    if not built or must_be_called(layer):
+        return layer(x)
     return mix_channels(x, conv.weight.flatten(1), conv.bias)
 
 
@@ -54,6 +53,11 @@ class _Named(nn.Sequential):
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__(OrderedDict(conv=conv))
+
+
+def _only_conv(layer: nn.Module) -> Any:
+    """What a ``_Named`` holds; None for what was put in its place, or if there is more in it."""
+    return layer.conv if type(layer) is _Named and len(layer) == 1 and "forward" not in vars(layer) else None
 
 
 class ConvBlock(nn.Module):
@@ -101,7 +105,7 @@ class ConvBlock(nn.Module):
         """What is added in the end, before its norm: ``x`` or a projection of it; None without a shortcut."""
         if not self.projects:
             return x if self.residual else None
-        return pointwise(x, self.conv3.conv) if self.stride == 1 else self.conv3(x)
+        return pointwise(x, self.conv3) if self.stride == 1 else self.conv3(x)
 
     def finish(self, y: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
         """All that comes after the first convolution, of whose output ``y_BC...`` nothing is left."""
@@ -150,9 +154,19 @@ class UpBlock(nn.Module):
         return self.conv_block(torch.cat([self.transp_conv(channels_last(x)), channels_last(skip)], dim=1))
 
     def _merges(self, x: torch.Tensor) -> bool:
-        wide = self.conv_block.conv2.conv.out_channels >= MERGE_FROM_CHANNELS
         large = prod(x.shape[2:]) >= MERGE_FROM_VOXELS
-        return wide and large and x.device.type == "cpu" and is_plain_eager() and not is_hooked(self)
+        if not (large and x.device.type == "cpu" and is_plain_eager()) or is_hooked(self):
+            return False
+        return self._is_built(x.dim() - 2) and self.conv_block.conv1.conv.out_channels >= MERGE_FROM_CHANNELS
+
+    def _is_built(self, axes: int) -> bool:
+        """Whether the convolutions that are merged are those that were built here."""
+        block = self.conv_block
+        if type(block) is not ConvBlock or "forward" in vars(block):
+            return False
+        ours = is_convolution(_only_conv(self.transp_conv), TRANSPOSED_CONV[axes], 2, 2, bias=False)
+        ours = ours and is_convolution(_only_conv(block.conv1), CONV[axes], 3, padding=1, bias=False)
+        return ours and (not block.residual or is_convolution(_only_conv(block.conv3), CONV[axes], 1, bias=False))
 
     def _convolve(self, skip: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if skip.dim() == 4:
@@ -223,4 +237,4 @@ class OutBlock(nn.Module):
         self.conv = _Named(CONV[spatial_dims](in_channels, out_channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return pointwise(x, self.conv.conv)
+        return pointwise(x, self.conv)

@@ -152,11 +152,11 @@ class SwinUNETR(nn.Module):
     def _check_size(self, x: torch.Tensor) -> None:
         if is_symbolic(x):
             return
-        check_axes(x, self.spatial_dims, self.encoder1.layer.conv1.conv, "SwinUNETR")
+        check_axes(x, self.spatial_dims, self.encoder1, "SwinUNETR")
         spatial_shape = x.shape[2:]
         good = [max(1, -(-size // SIZE_MULTIPLE)) * SIZE_MULTIPLE for size in spatial_shape]
         rule = f"axes that are multiples of {SIZE_MULTIPLE}"
-        if isinstance(self.encoder10.layer.norm1, InstanceNorm) and max(good) == SIZE_MULTIPLE:
+        if max(good) == SIZE_MULTIPLE and any(isinstance(part, InstanceNorm) for part in self.encoder10.modules()):
             good[0] += SIZE_MULTIPLE
             rule += ", one of them longer: instance norm needs two voxels at 1/32 of the size"
         if good != list(spatial_shape):

@@ -39,11 +39,16 @@ class _Convs(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
-            if not torch.is_grad_enabled() and is_plain_eager() and not is_hooked(self):
+            if not torch.is_grad_enabled() and is_plain_eager() and self._is_built() and not is_hooked(self):
                 return self._in_place(x)
         for layer in self:
             x = layer(x)
         return x
+
+    def _is_built(self) -> bool:
+        """Whether each third layer still is a convolution, whose memory the others may take."""
+        layers = list(self)
+        return len(layers) % 3 == 0 and all(isinstance(conv, nn.Conv2d | nn.Conv3d) for conv in layers[::3])
 
     @torch.jit.unused
     def _in_place(self, x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +173,7 @@ class UNet(nn.Module):
     def _check_size(self, x: torch.Tensor) -> None:
         if is_symbolic(x):
             return
-        check_axes(x, self.spatial_dims, next(self.encoder[0].children()), "UNet")
+        check_axes(x, self.spatial_dims, self.encoder[0], "UNet")
         spatial_shape = x.shape[2:]
         good = tuple(self._next_good_size(size, axis) for axis, size in enumerate(spatial_shape))
         if good != tuple(spatial_shape):

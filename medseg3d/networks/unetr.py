@@ -124,7 +124,7 @@ class UNETR(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, *spatial) of ``x_BC...``."""
         if not is_symbolic(x):
-            check_axes(x, len(self.vit.patch_embedding.patch_size), self.encoder1.layer.conv1.conv, "UNETR")
+            check_axes(x, len(self.vit.patch_embedding.patch_size), self.encoder1, "UNETR")
         tokens_BNE, states = self.vit(x)
         half, quarter, eighth, deepest = [
             self.vit.patch_embedding.to_grid(tokens, x) for tokens in (*(states[i] for i in SKIPS), tokens_BNE)

@@ -29,6 +29,7 @@ from medseg3d.layers.convolution import (
     NameAndArguments,
     activation_layer,
     check_spatial_dims,
+    is_convolution,
 )
 from medseg3d.layers.derived import check_axes, is_hooked, is_plain_eager, is_symbolic
 from medseg3d.layers.layout import MEMORY_FORMAT, channels_last
@@ -139,7 +140,7 @@ class VNet(nn.Module):
     def _check_size(self, x: torch.Tensor) -> None:
         if is_symbolic(x):
             return
-        check_axes(x, self.spatial_dims, self.in_tr.conv_block.conv, "VNet")
+        check_axes(x, self.spatial_dims, self.in_tr, "VNet")
         spatial_shape = x.shape[2:]
         good = tuple(max(1, -(-size // SIZE_MULTIPLE)) * SIZE_MULTIPLE for size in spatial_shape)
         if good != tuple(spatial_shape):
@@ -279,8 +280,9 @@ class OutStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act_function1(self.conv_block(x))
-        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
-            if is_plain_eager() and is_hooked(self.conv2):
+        if not torch.jit.is_scripting():
+            built = is_convolution(self.conv2, CONV[x.dim() - 2], 1)
+            if not built or (not torch.compiler.is_compiling() and is_hooked(self.conv2)):
                 return self.conv2(x)
         # As a matrix product: oneDNN's 1^3 convolution of a channels-last tensor is slow in float32.
         return F.linear(x.movedim(1, -1), self.conv2.weight.flatten(1), self.conv2.bias).movedim(-1, 1)

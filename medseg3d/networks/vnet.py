@@ -31,7 +31,7 @@ from medseg3d.layers.convolution import (
     check_spatial_dims,
     is_convolution,
 )
-from medseg3d.layers.derived import check_axes, is_hooked, is_plain_eager, is_symbolic
+from medseg3d.layers.derived import check_axes, is_hooked, is_plain_eager, is_symbolic, must_be_called
 from medseg3d.layers.layout import MEMORY_FORMAT, channels_last
 from medseg3d.layers.transformer import recompute_in_backward
 
@@ -189,10 +189,13 @@ class InStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv_block(x)
         x = x.to(y.dtype)
-        if torch.is_grad_enabled():
-            y = y + torch.cat([x] * self.tiles, dim=1)
-        else:
+        in_place = not torch.is_grad_enabled()
+        if not torch.jit.is_scripting():
+            in_place = _may_overwrite(self.conv_block)
+        if in_place:
             y.unflatten(1, (self.tiles, x.shape[1])).add_(x.unsqueeze(1))
+        else:
+            y = y + torch.cat([x] * self.tiles, dim=1)
         return self.act_function(y)
 
 
@@ -218,11 +221,15 @@ class DownStage(nn.Module):
         self.act_function2 = activation_layer(act, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.down_conv(x)
-        if not torch.jit.is_scripting():
-            x = channels_last(x)  # PyTorch's convolutions of small float32 tensors do not keep it
-        x = self.act_function1(self.bn1(x))
-        return self.act_function2(_add(self.ops(self.dropout(x)), x))
+        in_place = not torch.is_grad_enabled()
+        if torch.jit.is_scripting():
+            x = self.bn1(self.down_conv(x))
+        else:
+            in_place = _may_overwrite(self.ops)
+            # PyTorch's convolutions of small float32 tensors do not keep the memory format.
+            x = _normalize(self.bn1, channels_last(self.down_conv(x)), self.down_conv)
+        x = self.act_function1(x)
+        return self.act_function2(_add(self.ops(self.dropout(x)), x, in_place))
 
 
 class UpStage(nn.Module):
@@ -252,13 +259,18 @@ class UpStage(nn.Module):
     def join(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """What ``forward`` takes: ``x_BC...`` at twice its size, and beside it ``skip_BC...``."""
         x = self.up_conv(self.dropout(x))
-        if not torch.jit.is_scripting():
-            x = channels_last(x)
-        x = self.act_function1(self.bn1(x))
+        if torch.jit.is_scripting():
+            x = self.bn1(x)
+        else:
+            x = _normalize(self.bn1, channels_last(x), self.up_conv)
+        x = self.act_function1(x)
         return torch.cat([x, self.dropout2(skip)], dim=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act_function2(_add(self.ops(x), x))
+        in_place = not torch.is_grad_enabled()
+        if not torch.jit.is_scripting():
+            in_place = _may_overwrite(self.ops)
+        return self.act_function2(_add(self.ops(x), x, in_place))
 
 
 class OutStage(nn.Module):
@@ -280,19 +292,15 @@ class OutStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act_function1(self.conv_block(x))
-        if not torch.jit.is_scripting():
-            built = is_convolution(self.conv2, CONV[x.dim() - 2], 1)
-            if not built or (not torch.compiler.is_compiling() and is_hooked(self.conv2)):
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile one long condition
+            if not is_convolution(self.conv2, CONV[x.dim() - 2], 1) or must_be_called(self.conv2):
                 return self.conv2(x)
         # As a matrix product: oneDNN's 1^3 convolution of a channels-last tensor is slow in float32.
         return F.linear(x.movedim(1, -1), self.conv2.weight.flatten(1), self.conv2.bias).movedim(-1, 1)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of 2D and 3D that, in eval and where no gradient is asked, writes over its input.
-
-    That is the output of a convolution here, which nothing else needs; fresh memory costs more time than the norm.
-    """
+    """Batch norm of 2D and 3D."""
 
     if TYPE_CHECKING:  # TorchScript would read annotations
         running_mean: torch.Tensor
@@ -301,8 +309,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum: float | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and is_plain_eager() and self._may_overwrite(x):
-            return self._overwrite(x)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -311,17 +317,32 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         own = self.training or self.running_mean is None
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps)
 
-    def _may_overwrite(self, x: torch.Tensor) -> bool:
-        tracked = self.running_mean is not None
-        return tracked and not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
-
-    def _overwrite(self, x: torch.Tensor) -> torch.Tensor:
+    @torch.jit.unused
+    def overwrite(self, x: torch.Tensor) -> torch.Tensor:
+        """The same in eval mode, in the memory of ``x``: fresh memory costs more time than the norm."""
         precision = torch.promote_types(x.dtype, torch.float32)  # the one that PyTorch's norm computes in
         weight, bias, mean, variance = (
             t.to(precision) for t in (self.weight, self.bias, self.running_mean, self.running_var)
         )
         unused = torch.empty(0, dtype=precision)
         torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, self.eps, out=(x, unused, unused))
+        return x
+
+
+class _ConvAndNorm(nn.Sequential):
+    """A convolution ``conv`` and its norm, the only one in ``adn``: the keys are those of MONAI."""
+
+    if TYPE_CHECKING:  # TorchScript would read annotations
+        conv: Any
+        adn: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            adn = self.adn
+            if type(adn) is nn.Sequential and len(adn) == len(self) - 1 == 1 and not is_hooked(adn):
+                return _normalize(adn[0], self.conv(x), self.conv)
+        for layer in self:
+            x = layer(x)
         return x
 
 
@@ -337,9 +358,23 @@ def _norm(channels: int, published: bool) -> nn.Module:
     return nn.Identity() if published else _BatchNorm(channels)
 
 
-def _add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y + x; in the memory of ``y`` where no gradient is asked."""
-    return y + x if torch.is_grad_enabled() else y.add_(x)
+def _normalize(norm: nn.Module, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+    """The norm of ``x``, which ``conv`` has made; written over it where nothing else needs it."""
+    if type(norm) is not _BatchNorm or norm.training or norm.running_mean is None or "forward" in vars(norm):
+        return norm(x)
+    # What is no convolution any more may have given its input.
+    is_own = isinstance(conv, nn.modules.conv._ConvNd) and x.device.type == "cpu" and is_plain_eager()
+    return norm.overwrite(x) if is_own and _may_overwrite(norm, conv) else norm(x)
+
+
+def _may_overwrite(*makers: nn.Module) -> bool:
+    """Whether what the modules made is of no further use: no gradient is asked, and no hook has seen it."""
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or not is_hooked(*makers))
+
+
+def _add(y: torch.Tensor, x: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """y + x; in the memory of ``y`` where that is allowed."""
+    return y.add_(x) if in_place else y + x
 
 
 def _conv_and_norm(
@@ -348,7 +383,7 @@ def _conv_and_norm(
     """A 5^n convolution that keeps the size, and its norm; the keys ``conv.*`` and ``adn.N.*`` are those of MONAI."""
     conv = CONV[spatial_dims](in_channels, out_channels, 5, padding=2, bias=bias)
     adn = nn.Sequential(OrderedDict(N=_norm(out_channels, published)))
-    return nn.Sequential(OrderedDict(conv=conv, adn=adn))
+    return _ConvAndNorm(OrderedDict(conv=conv, adn=adn))
 
 
 def _convs(

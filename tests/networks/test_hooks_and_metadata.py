@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import monai
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -70,6 +71,48 @@ def test_a_hook_keeps_what_a_convolution_gave(name, grad, image):
     assert len(kept) > 5
     for conv, output in kept.items():
         assert torch.equal(output.detach(), copies[conv]), "overwritten after the hook saw it"
+
+
+def overwritten(network, image):
+    """Names of the modules of which a hook holds an input or an output that was overwritten later on."""
+    held = []
+
+    def look(name, given, output):
+        held.extend((name, tensor, tensor.clone()) for tensor in (given[0], output))
+
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda _, given, output, name=name: look(name, given, output))
+    with torch.no_grad():
+        network(image)
+    return {name for name, tensor, copy in held if not torch.equal(tensor, copy)}
+
+
+@pytest.mark.parametrize("arguments", [{"act": "prelu"}, {"act": ("elu", {"inplace": True})}, {"published": True}])
+def test_vnet_overwrites_no_more_of_what_hooks_see_than_monai_does(arguments, image):
+    """That is what its activation overwrites where it is asked to work in place."""
+    torch.manual_seed(0)
+    theirs = monai.networks.nets.VNet(3, 1, 2, act=arguments.get("act", ("elu", {"inplace": False})))
+    allowed = overwritten(theirs.eval(), image)
+    assert overwritten(VNet(3, 1, 2, **{"act": "elu", **arguments}).eval(), image) <= allowed
+    assert bool(allowed) == isinstance(arguments.get("act"), tuple)
+
+
+@pytest.mark.parametrize("part", ["in_tr.conv_block", "down_tr64.ops", "up_tr128.ops.0.conv_block.conv", "up_tr64"])
+def test_what_a_single_hook_of_vnet_holds_stays(part, image):
+    network = VNet(3, 1, 2, act="prelu").eval()
+    held = []
+    network.get_submodule(part).register_forward_hook(lambda *call: held.append((call[2], call[2].clone())))
+    with torch.no_grad():
+        network(image)
+    assert torch.equal(*held[0])
+
+
+def test_a_layer_of_vnet_may_give_its_input(image):
+    network = VNet(3, 1, 2).eval()
+    network.down_tr64.ops[0].conv_block.conv = nn.Identity()
+    expected = network(image).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(network(image), expected)
 
 
 @pytest.mark.parametrize("name", ["unet", "swin_unetr"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medseg3d.networks import VNet
-from medseg3d.networks.vnet import milletari_vnet
+from medseg3d.networks.vnet import _BatchNorm, _normalize, milletari_vnet
 
 STAGES = ("in_tr", "down_tr32", "down_tr64", "down_tr128", "down_tr256", "up_tr256", "up_tr128", "up_tr64", "up_tr32")
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
@@ -265,18 +265,21 @@ def test_work_in_place_without_gradients_gives_the_same_numbers(spatial_dims, ar
 
 
 def test_batch_norm_writes_over_its_input_only_where_that_is_safe():
-    norm = on_meta().in_tr.conv_block.adn.N.to_empty(device="cpu")
-    norm.reset_parameters()
+    norm, conv = _BatchNorm(16), nn.Conv3d(1, 16, 1)
     x = torch.randn(1, 16, 4, 4, 4)
     kept = x.clone()
-    norm.eval()(x)  # with gradients
-    norm.train()
+    _normalize(norm.eval(), x, conv)  # with gradients
     with torch.no_grad():
-        norm(x)
-    assert torch.equal(x, kept)
-    with torch.no_grad():
-        y = norm.eval()(x)
+        _normalize(norm.train(), x, conv)
+        norm.eval()
+        _normalize(norm, x, nn.Identity())
+        handle = conv.register_forward_hook(lambda *_: None)
+        expected = _normalize(norm, x, conv)
+        handle.remove()
+        assert torch.equal(x, kept)
+        y = _normalize(norm, x, conv)
     assert y.data_ptr() == x.data_ptr() and not torch.equal(x, kept)
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize(("spatial_dims", "published"), [(2, False), (3, False), (3, True)])

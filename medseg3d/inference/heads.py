@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from medseg3d.inference.averaging import Mean
 from medseg3d.inference.slabs import Head, Slab
@@ -76,8 +77,10 @@ def split_head(network: Callable, window: torch.Tensor) -> tuple[Callable, Head]
 
     Nothing is changed: the network without its head is another, with the same parameters. Both are tried on ``window``
     (1, C, *spatial), or its middle, best one with much in it, and on noise; unless the head makes what the network
-    gives, nothing is taken off it.
+    gives, nothing is taken off it. Nor is it where a hook is set on a part of the network: it would see the features.
     """
+    if isinstance(network, nn.Module) and _is_hooked(network):
+        return None
     if hasattr(network, "without_head"):
         return network.without_head(window)
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule) or network.training:
@@ -96,6 +99,10 @@ def split_head(network: Callable, window: torch.Tensor) -> tuple[Callable, Head]
             continue
         return (body, head) if agrees else None
     return None
+
+
+def _is_hooked(network: nn.Module) -> bool:
+    return _has_any_global_hook() or any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
 
 
 def _middle(window: torch.Tensor, size: int) -> torch.Tensor:

@@ -84,6 +84,22 @@ def test_what_is_no_head_stays(network):
         assert torch.equal(strategy.label_map(image, network), strategy(image, network).argmax(1, keepdim=True))
 
 
+@pytest.mark.parametrize("made_of", [lambda one: one, lambda one: Flips(one, (0,)), lambda one: Ensemble([one])])
+@pytest.mark.parametrize("part", ["", "head", "body"])
+def test_a_hook_sees_the_logits_that_it_would_see_without_a_strategy(part, made_of):
+    network, image, shapes = Headed().eval(), noise(1, 1, 14, 9, 8), []
+    whole = made_of(network)
+    hooked = network.get_submodule(part) if part else whole
+    hooked.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
+    strategy = SubVolumes(6, 0.5)
+    with torch.no_grad():
+        labels = strategy.label_map(image, whole)
+        assert set(shapes) == {(1, 4 if part == "body" else 9, 6, 6, 6)}
+        assert len(shapes) == strategy.count(image.shape[2:]) * (2 if part and isinstance(whole, Flips) else 1)
+        hooked._forward_hooks.clear()
+        assert torch.equal(labels, strategy(image, whole).argmax(1, keepdim=True))
+
+
 @pytest.mark.parametrize("classes", [4, 9])
 def test_labels_where_gradients_are_on(classes):
     labels = SubVolumes(6).label_map(noise(1, 1, 8, 8, 8), Headed(5, classes).eval())

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medseg3d.inference.grid_map import edge_to_edge
-from medseg3d.inference.onto_grid import labels_onto
+from medseg3d.inference.onto_grid import LOWEST, labels_onto
 from medseg3d.inference.slabs import Head, Slab
 from medseg3d.inference.strategy import like
 from medseg3d.inference.streamed import Streamed, one_image, some_images
@@ -33,6 +33,8 @@ class Downsampled(Streamed):
     with a plane of full size at a time. Labels need logits along borders only. Where the network ends in a convolution
     of kernel 1 from fewer channels than there are classes, as many channels are interpolated instead, and the
     convolution comes after, which is the same but for rounding.
+
+    Logits below -10,000, -inf of a class that is ruled out most of all, count as -10,000: infinities have no mean.
 
     Args:
         size: of the image that the network sees, one for each spatial axis; two or three axes.
@@ -88,7 +90,7 @@ class Downsampled(Streamed):
         seen = image.clone() if full == self.size else resample(image, self.size)  # the network may change its input
         logits = network(seen[None].to(image.dtype if image.is_floating_point() else torch.float32), *args, **kwargs)
         self._require_logits(logits)
-        return Slab(0, 0, *factored(logits[0].detach(), network))
+        return Slab(0, 0, *factored(finite_below(logits[0].detach()), network))
 
     def label_map(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Class numbers (B, 1, *spatial), uint8 (int32 above 256 classes): the argmax of the logits, ties to the lower.
@@ -117,6 +119,11 @@ class Downsampled(Streamed):
             )
         if tuple(logits.shape[2:]) != self.size:
             raise ValueError(f"the network must return logits of the size {self.size}, got {tuple(logits.shape[2:])}")
+
+
+def finite_below(logits: torch.Tensor) -> torch.Tensor:
+    """Logits that are ``LOWEST`` at least; those that are not numbers stay."""
+    return logits.clamp_min(LOWEST) if logits.numel() and logits.amin() < LOWEST else logits
 
 
 def resample(values_C: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

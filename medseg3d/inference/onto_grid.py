@@ -30,13 +30,15 @@ GROUP = 2**20
 BLOCK = 2**14
 # A GPU is busy only with more at a time.
 TIMES_ON_GPU = 8
+# Of the logits that are interpolated: -inf, a class that is ruled out, has no mean, and 0 times it is not a number.
+LOWEST = -1e4
 
 
 def labels_onto(slabs: Iterable[Slab], maps: Sequence[AxisMap], softmax: bool = False) -> np.ndarray:
     """Labels on the target grid, background 0 outside the source.
 
     Linear maps give the argmax of the interpolated logits, ties to the lower class; nearest ones the label of the
-    nearest voxel.
+    nearest voxel. Logits below -10,000, -inf of a class that is ruled out most of all, are interpolated as -10,000.
 
     Args:
         slabs: the whole source image, slice after slice; each is read before the next is asked for.
@@ -237,6 +239,8 @@ def _labels(cells: torch.Tensor, mixed: int, source: _Rows, head: Head | None, s
     if softmax or not (head is None or head.linear):
         source.take_logits(head, softmax)
         head = None
+    if head is None:
+        source.rows_NF.clamp_min_(LOWEST)
     for some_V in places_V.split(_at_once(BLOCK, labels)) if len(places_V) else ():
         means_FV = source.means(_unravelled(some_V, labels.shape)).T
         logits_KV = means_FV if head is None else head(means_FV)

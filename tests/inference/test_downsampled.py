@@ -234,3 +234,29 @@ def test_what_does_not_fit(shape, network, message):
 def test_labels_of_what_is_not_a_number_are_refused():
     with pytest.raises(ValueError, match="not a number"):
         Downsampled(SIZE).label_map(torch.full((1, 2, 9, 9, 9), float("nan")), identity)
+
+
+@pytest.mark.parametrize("size", [(13, 5, 9), (4, 3, 2), SIZE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_classes_that_are_ruled_out_stay_so(size, dtype):
+    """-inf in one class everywhere, in another in half of the image; the lowest number counts as much."""
+    for lowest in (float("-inf"), torch.finfo(dtype).min):
+        logits = noise(1, 4, *SIZE).to(dtype)
+        logits[:, 0] = lowest
+        logits[:, 1, :4] = lowest
+        given = logits.clone()
+        image, strategy = torch.zeros(1, 1, *size), Downsampled(SIZE)
+        found = strategy(image, lambda _, logits=logits: logits)
+        labels = strategy.label_map(image, lambda _, logits=logits: logits)
+        assert torch.equal(logits, given)
+        assert found.isfinite().all() and (found[:, 0] < -9000).all()
+        expected = strategy(image, lambda _, logits=logits: logits.clamp_min(-1e4))
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(labels, expected.argmax(1, keepdim=True))
+
+
+def test_a_logit_that_is_not_a_number_is_refused_beside_infinities():
+    logits = torch.full((1, 2, *SIZE), float("-inf"))
+    logits[:, 0] = float("nan")
+    with pytest.raises(ValueError, match="not a number"):
+        Downsampled(SIZE).label_map(torch.zeros(1, 1, 9, 9, 9), lambda _: logits)

@@ -237,6 +237,18 @@ def test_memory_is_that_of_a_slab_and_the_labels(monkeypatch):
     assert classes * 320 * 32 * 32 * 4 > 60 * 2 * slab
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+def test_classes_that_are_ruled_out_leave_numbers(softmax):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 5, 4, generator=generator)
+    logits[0] = float("-inf")
+    logits[1, :3] = float("-inf")
+    maps = edge_to_edge((6, 5, 4), (11, 5, 9))
+    finite = labels_onto([Slab(0, 0, logits.clamp_min(-1e4))], maps, softmax)
+    assert np.array_equal(labels_onto([Slab(0, 0, logits)], maps, softmax), finite)
+    assert set(np.unique(finite)) == {1, 2}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.derived import OwnGradient, is_plain_eager, once_differentiable, wants_plain
 
 SCORES_AT_A_TIME = 2**21  # of the backward pass, so that they stay in the cache
 
@@ -39,12 +38,23 @@ def attention(
         if learns and q.device.type == "cpu" and dropout == 0 and is_plain_eager():
             return _AttentionWithLearnedBias.apply(q, k, v, bias)
         bias = bias.expand(q.shape[0], -1, -1, -1)
+    if wants_plain():
+        return formed_attention(q, k, v, bias, dropout)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     # The kernel's strides are not those of the operations that an exporter puts in its place.
     return mixed.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else mixed
 
 
-class _AttentionWithLearnedBias(torch.autograd.Function):
+def formed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, dropout: float = 0.0
+) -> torch.Tensor:
+    """The same with all scores in memory, of operations that have every derivative."""
+    scores_BHNN = torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores_BHNN = scores_BHNN if bias is None else scores_BHNN + bias
+    return torch.matmul(F.dropout(scores_BHNN.softmax(-1), dropout, dropout > 0), v)
+
+
+class _AttentionWithLearnedBias(OwnGradient):
     """Attention whose backward pass computes the scores again, a few windows at a time."""
 
     @staticmethod

@@ -1,8 +1,12 @@
-"""Tensors that follow from parameters and are worth keeping between two passes without gradients."""
+"""Where short cuts may be taken, and tensors that follow from parameters and are worth keeping between two passes
+without gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,8 +15,60 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_PLAIN: ContextVar[bool] = ContextVar("plain_pytorch", default=False)
+_ADVICE = "run the network, and what differentiates it, within medseg3d.networks.plain_pytorch()"
+
+
+@contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Within it, networks run on operations of PyTorch alone, which can be differentiated twice and forward.
+
+    Their own kernels and gradients are faster, and give the same but for rounding.
+    """
+    before = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(before)
+
+
+def wants_plain() -> bool:
+    """Whether ``plain_pytorch`` is in force."""
+    return not torch.compiler.is_compiling() and _PLAIN.get()
+
+
+class OwnGradient(torch.autograd.Function):
+    """A function whose gradient is written by hand, and which has no other derivative."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"short cuts of this network have no forward-mode derivative: {_ADVICE}")
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's, with an error that says what to do, and also where no gradient came in that has one itself."""
+
+    @wraps(backward)
+    def own(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        given = outputs if isinstance(outputs, tuple) else (outputs,)
+        message = f"short cuts of this network cannot be differentiated twice: {_ADVICE}"
+        later: Any = torch._C._functions.DelayedError(message.encode(), len(given))
+        failing = later(*(None if grad is None else grad.detach().requires_grad_() for grad in given))
+        return failing if isinstance(outputs, tuple) else failing[0]
+
+    return own
+
 
 def is_plain_eager() -> bool:
+    """Whether short cuts may be taken: the operations just run, and ``plain_pytorch`` is not in force."""
+    return is_eager() and not _PLAIN.get()
+
+
+def is_eager() -> bool:
     """Whether the operations just run: nothing compiles, exports, traces, scripts, counts or transforms them."""
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False

@@ -17,10 +17,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from medseg3d.layers.derived import is_hooked, is_plain_eager
+from medseg3d.layers.derived import OwnGradient, is_eager, is_hooked, is_plain_eager, once_differentiable
 from medseg3d.layers.layout import channels_last, is_channels_last, rows
 
 PIECE = 8192  # voxels summed up at a time
@@ -75,7 +74,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 @torch.jit.unused
 def _take_contiguous_gradients(y: torch.Tensor) -> None:
     """PyTorch 2.13 on CPUs: for one image a channels-last gradient of instance norm comes back wrong."""
-    if y.requires_grad and is_plain_eager():
+    if y.requires_grad and is_eager():
         y.register_hook(lambda gradient: gradient.contiguous())
 
 
@@ -182,7 +181,7 @@ def _scale_and_shift(
     return target
 
 
-class _NormalizeAndActivate(torch.autograd.Function):
+class _NormalizeAndActivate(OwnGradient):
     """leaky_relu(instance_norm(x) + residual) that keeps nothing but its output, which the next convolution keeps too.
 
     The activation is undone from the output, after Rota Bulo et al., "In-place activated batchnorm", CVPR 2018.
@@ -219,7 +218,7 @@ class _NormalizeAndActivate(torch.autograd.Function):
         return normalized, None if residual is None else grad.to(residual.dtype), None, None
 
 
-class _GroupNormalize(torch.autograd.Function):
+class _GroupNormalize(OwnGradient):
     """Group norm whose gradient is put together from the kernels of batch norm."""
 
     @staticmethod

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.attention import formed_attention
+from medseg3d.layers.derived import is_plain_eager, wants_plain
 
 INITIAL_STD = 0.02  # of the truncated normal that ViT and Swin start from
 FEW_TOKENS = 512
@@ -54,9 +55,8 @@ def _attend(q_BHND: torch.Tensor, k_BHND: torch.Tensor, v_BHND: torch.Tensor, dr
     """
     if not torch.jit.is_scripting():
         few = q_BHND.device.type == "cpu" and is_plain_eager() and q_BHND.shape[2] <= FEW_TOKENS
-        if few and (torch.is_grad_enabled() or q_BHND.dtype == torch.bfloat16):
-            scores_BHNN = torch.matmul(q_BHND, k_BHND.transpose(-1, -2)) * q_BHND.shape[-1] ** -0.5
-            return torch.matmul(F.dropout(scores_BHNN.softmax(-1), dropout, dropout > 0), v_BHND)
+        if wants_plain() or (few and (torch.is_grad_enabled() or q_BHND.dtype == torch.bfloat16)):
+            return formed_attention(q_BHND, k_BHND, v_BHND, None, dropout)
     return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, dropout_p=dropout)
 
 

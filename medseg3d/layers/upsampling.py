@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from medseg3d.layers.convolution import TRANSPOSED_CONV
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.derived import OwnGradient, is_plain_eager, once_differentiable
 from medseg3d.layers.layout import MEMORY_FORMAT, channels_last, rows
 
 CONV_FUNCTION = {2: F.conv2d, 3: F.conv3d}
@@ -86,7 +85,7 @@ def mix_channels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
-class _MixChannels(torch.autograd.Function):
+class _MixChannels(OwnGradient):
     """The product as a tensor of its own: what is computed in place on a view of one costs autograd copies."""
 
     @staticmethod
@@ -109,7 +108,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
-class _AddPositions(torch.autograd.Function):
+class _AddPositions(OwnGradient):
     """Add to ``y_BO...``, in place, the 2^n parts of ``parts_B(PO)...``, each at its position in the coarse voxels."""
 
     @staticmethod

@@ -23,9 +23,8 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from medseg3d.layers.derived import is_plain_eager
+from medseg3d.layers.derived import OwnGradient, is_plain_eager, once_differentiable
 
 Size = tuple[int, ...]
 MASKED = -100.0  # added to a score, as in the published code: small enough for a weight of zero, not too small for fp16
@@ -169,7 +168,7 @@ def _taken(rows: torch.Tensor, index: torch.Tensor, empty: torch.Tensor | None) 
     return taken if empty is None else taken.masked_fill_(empty, 0)
 
 
-class _Take(torch.autograd.Function):
+class _Take(OwnGradient):
     """Each token goes to one place, so its gradient is taken from there; PyTorch would add up row by row."""
 
     @staticmethod

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from medseg3d.layers.derived import Derived, is_plain_eager
+from medseg3d.layers.derived import Derived, OwnGradient, is_plain_eager, once_differentiable
 from medseg3d.layers.layout import channels_last, is_channels_last, with_metadata_of
 
 # (slices of a tile, taps): points of interpolation beside 0 and infinity, those of the smallest error among fractions
@@ -89,7 +88,7 @@ def _convolve_and_record(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor 
     return _Convolution.apply(x, weight) if large and x.dtype == torch.float32 and _gains(x, weight) else None
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(OwnGradient):
     """Convolution in tiles; so are both of its gradients."""
 
     @staticmethod

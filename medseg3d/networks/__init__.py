@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from medseg3d.layers.derived import plain_pytorch
 from medseg3d.networks.backbones.swin_classifier import SwinClassifier
 from medseg3d.networks.deconvnet import DeconvNet
 from medseg3d.networks.detection.mask_rcnn import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
@@ -39,6 +40,7 @@ __all__ = [
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
     "milletari_vnet",
+    "plain_pytorch",
     "ronneberger_unet",
 ]
 

@@ -21,7 +21,8 @@ from torch import nn
 from medseg3d.inference.fusion import LEAST, fused_mask, keep_seeded
 from medseg3d.inference.slabs import Slab
 from medseg3d.inference.slices import Slices, networks_of
-from medseg3d.inference.streamed import Streamed, one_image
+from medseg3d.inference.strategy import one_image
+from medseg3d.inference.streamed import Streamed
 from medseg3d.inference.windows import Window
 
 Boxes = dict[int, Window]

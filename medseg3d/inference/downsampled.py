@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from medseg3d.inference.grid_map import edge_to_edge
 from medseg3d.inference.onto_grid import LOWEST, labels_onto
 from medseg3d.inference.slabs import Head, Slab
-from medseg3d.inference.strategy import like
-from medseg3d.inference.streamed import Streamed, one_image, some_images
+from medseg3d.inference.strategy import like, one_image, some_images
+from medseg3d.inference.streamed import Streamed
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from medseg3d.inference.slabs import Slab
-from medseg3d.inference.streamed import Streamed, one_image
+from medseg3d.inference.strategy import one_image
+from medseg3d.inference.streamed import Streamed
 
 
 class OverlapTile(Streamed):

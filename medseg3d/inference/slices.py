@@ -15,7 +15,8 @@ from torch import nn
 
 from medseg3d.inference.fusion import FUSIONS, fusion_of
 from medseg3d.inference.slabs import Slab
-from medseg3d.inference.streamed import Streamed, one_image, slice_slabs
+from medseg3d.inference.strategy import one_image
+from medseg3d.inference.streamed import Streamed, slice_slabs
 from medseg3d.inference.sub_volumes import SubVolumes
 
 Networks = Callable | Sequence[Callable] | Mapping[Any, Callable]

@@ -60,7 +60,7 @@ class Strategy(ABC):
         Raises:
             ValueError: the network gives one channel only, or a logit is not a number.
         """
-        images = plain(inputs)
+        images = some_images(inputs)
         labels: torch.Tensor | None = None
         for number in range(len(images)):
             for slab in self.slabs(images[number : number + 1], network, *args, **kwargs):
@@ -84,3 +84,36 @@ def like(result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return result
     output: Any = type(inputs)(result)
     return output.copy_meta_from(inputs)
+
+
+def some_images(images_BC: torch.Tensor, axes: int = 1) -> torch.Tensor:
+    """A batch (B, C, *spatial) as a plain tensor.
+
+    Raises:
+        ValueError: it is no tensor, there is no image in it, or it has fewer than so many spatial axes.
+    """
+    if not isinstance(images_BC, torch.Tensor):
+        raise ValueError(
+            "an image must be a tensor (batch, channels, ...), got a "
+            f"{type(images_BC).__module__}.{type(images_BC).__name__}: torch.as_tensor(image) makes one"
+        )
+    if images_BC.dim() < 2 + axes:
+        raise ValueError(
+            f"an image must be (batch, channels, ...) with {axes} spatial axes or more, got {tuple(images_BC.shape)}: "
+            "image[None] adds an axis in front"
+        )
+    if len(images_BC) == 0:
+        raise ValueError(f"there must be one image or more, got a batch of shape {tuple(images_BC.shape)}")
+    return plain(images_BC)
+
+
+def one_image(image_BC: torch.Tensor, axes: int = 2) -> torch.Tensor:
+    """A batch of one image (1, C, *spatial) as a plain tensor (C, *spatial).
+
+    Raises:
+        ValueError: as ``some_images``, or there is more than one image.
+    """
+    images = some_images(image_BC, axes)
+    if len(images) != 1:
+        raise ValueError(f"slabs are of one image at a time, got {len(images)}: call slabs for each")
+    return images[0]

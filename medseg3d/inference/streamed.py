@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from medseg3d.inference.slabs import Slab
-from medseg3d.inference.strategy import Strategy, like, plain
+from medseg3d.inference.strategy import Strategy, like, some_images
 
 
 class Streamed(Strategy):
@@ -29,32 +29,6 @@ class Streamed(Strategy):
                 logits[number][(slice(None), *slab.place)] = slab.logits()
         assert logits is not None
         return like(logits, inputs)
-
-
-def some_images(images_BC: torch.Tensor) -> torch.Tensor:
-    """A batch as a plain tensor.
-
-    Raises:
-        ValueError: there is no image in it.
-    """
-    if len(images_BC) == 0:
-        raise ValueError(f"there must be one image or more, got a batch of shape {tuple(images_BC.shape)}")
-    return plain(images_BC)
-
-
-def one_image(image_BC: torch.Tensor, axes: int = 2) -> torch.Tensor:
-    """A batch of one image (1, C, *spatial) as a plain tensor (C, *spatial).
-
-    Raises:
-        ValueError: there is not one image, or it has fewer than so many spatial axes.
-    """
-    if image_BC.dim() < 2 + axes:
-        raise ValueError(
-            f"an image must be (batch, channels, ...) with {axes} spatial axes or more, got {tuple(image_BC.shape)}"
-        )
-    if len(image_BC) != 1:
-        raise ValueError(f"slabs are of one image at a time, got {len(image_BC)}: call slabs for each")
-    return plain(image_BC)[0]
 
 
 def slice_slabs(axis: int, start: int, values: torch.Tensor) -> list[Slab]:

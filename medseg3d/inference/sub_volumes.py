@@ -23,7 +23,7 @@ from medseg3d.inference.heads import split_head
 from medseg3d.inference.precision import representative_window
 from medseg3d.inference.slabs import Head, Slab
 from medseg3d.inference.stitching import RollingSlab, Stitcher
-from medseg3d.inference.strategy import Strategy, like, plain
+from medseg3d.inference.strategy import Strategy, like, one_image, plain, some_images
 from medseg3d.inference.windows import BLENDS, PLACEMENTS, Window, importance_map, windows
 
 # To take the head off a network costs one window to four.
@@ -128,10 +128,13 @@ class SubVolumes(Strategy):
             inputs: (B, C, *spatial).
             network: called on (windows, C, *roi_size) with ``args`` and ``kwargs``. Its outputs may have another
                 resolution than its input; each is stitched at its own.
+
+        Raises:
+            ValueError: there is no image, or what is given or returned is no tensor or has other axes.
         """
         if self.crop is not None:
             return self._cropped(inputs, network, *args, **kwargs)
-        image = plain(inputs)
+        image = some_images(inputs)
         if getattr(network, "average", None) == "probabilities" and self.process is None:
             body, head = self._without_head(image, network, args, kwargs)
             if head is not None:  # the mean comes after blending, as in slabs
@@ -151,6 +154,8 @@ class SubVolumes(Strategy):
             batch_weight = weight
             if self.process is not None:
                 outputs, batch_weight = self.process(outputs, batch, weight)
+            for output in outputs:
+                _require_axes(output, batch)
             if not stitchers:
                 stitchers = [Stitcher(o, padded.shape, roi_size, batch_weight, own, self.device) for o in outputs]
             for stitcher, output in zip(stitchers, outputs, strict=True):
@@ -170,9 +175,7 @@ class SubVolumes(Strategy):
         Raises:
             ValueError: there is more than one image, or the network returns something else.
         """
-        image = plain(image_BC)
-        if len(image) != 1:
-            raise ValueError(f"slabs are of one image at a time, got {len(image)}: call slabs for each")
+        image = one_image(image_BC, axes=1)[None]
         if self.process is not None:
             raise ValueError("process may change the weights of windows, which slabs do not support: call the strategy")
         if self.crop is not None:
@@ -254,7 +257,7 @@ class SubVolumes(Strategy):
         """Each image in its own box."""
         names: list[str] | None = None
         images, inside = [], self.changed(crop=None)
-        for image in plain(inputs).split(1):
+        for image in some_images(inputs).split(1):
             box = self._told_box(image)
             part = image[(slice(None), slice(None), *box)]
             names, outputs = _flatten(inside(part, network, *args, **kwargs))
@@ -335,6 +338,11 @@ def _flatten(result: Any) -> tuple[list[str] | None, Sequence[torch.Tensor]]:
     if isinstance(result, Mapping):
         names = sorted(result)
         return names, [result[name] for name in names]
+    if not isinstance(result, torch.Tensor | Sequence) or isinstance(result, str):
+        raise ValueError(
+            "a network must return a tensor of logits, or a sequence or mapping of tensors, but this one returns a "
+            f"{type(result).__name__}: see that its forward ends in a return"
+        )
     return None, (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
@@ -359,10 +367,22 @@ def _require_one_tensor(outputs: Any, batch: torch.Tensor) -> None:
             f"labels need one tensor of logits, but the network returns a {type(outputs).__name__}: wrap it so that it "
             "returns the logits only"
         )
+    _require_axes(outputs, batch)
     if outputs.shape[2:] != batch.shape[2:]:
         raise ValueError(
             f"labels need logits at the image's resolution, but the network makes {tuple(outputs.shape[2:])} of a "
             f"window of {tuple(batch.shape[2:])}: call the strategy itself, which stitches any resolution"
+        )
+
+
+def _require_axes(output: Any, batch: torch.Tensor) -> None:
+    """ValueError unless the output is a tensor with the axes of the windows and as many of them."""
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"all that a network returns must be tensors, got one of type {type(output).__name__}")
+    if output.dim() != batch.dim() or len(output) != len(batch):
+        raise ValueError(
+            f"of windows {tuple(batch.shape)} a network must make (windows, classes, ...) with as many windows and "
+            f"axes, but this one makes {tuple(output.shape)}: are the image's axes (batch, channels, ...)?"
         )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from medseg3d.layers.convolution import NameAndArguments, check_spatial_dims
 from medseg3d.layers.derived import check_axes, is_symbolic
-from medseg3d.layers.layout import channels_last
+from medseg3d.layers.layout import channels_last, with_metadata_of
 from medseg3d.layers.normalization import InstanceNorm
 from medseg3d.layers.patches import PatchMerging
 from medseg3d.layers.residual import EncoderBlock, OutBlock, UpBlock
@@ -147,7 +147,7 @@ class SwinUNETR(nn.Module):
         y = self.decoder3(y, self.encoder3(map4))
         y = self.decoder2(y, self.encoder2(map2))
         y = self.decoder1(y, self.encoder1(x))
-        return self.out(y)
+        return self.out(y) if is_symbolic(x) else with_metadata_of(x, self.out(y))
 
     def _check_size(self, x: torch.Tensor) -> None:
         if is_symbolic(x):

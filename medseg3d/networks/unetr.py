@@ -20,6 +20,7 @@ from torch import nn
 
 from medseg3d.layers.convolution import NameAndArguments
 from medseg3d.layers.derived import check_axes, is_symbolic
+from medseg3d.layers.layout import with_metadata_of
 from medseg3d.layers.residual import EncoderBlock, OutBlock, ProjectionUpBlock, UpBlock
 from medseg3d.layers.transformer import recompute_in_backward
 from medseg3d.networks.backbones.vit import ViT
@@ -133,4 +134,4 @@ class UNETR(nn.Module):
         y = self.decoder4(y, self.encoder3(quarter))
         y = self.decoder3(y, self.encoder2(half))
         y = self.decoder2(y, self.encoder1(x))
-        return self.out(y)
+        return self.out(y) if is_symbolic(x) else with_metadata_of(x, self.out(y))

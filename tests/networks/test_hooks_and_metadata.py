@@ -42,14 +42,18 @@ def sized(network, image):
     return image[:, :, :32] if isinstance(network, UNETR) else image
 
 
-def test_the_affine_of_a_meta_tensor_comes_along(network, sized):
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_affine_of_a_meta_tensor_comes_along(network, sized, grad):
     affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
     network.eval()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         output = network(MetaTensor(sized, affine=affine))
         plain = network(sized)
     assert isinstance(output, MetaTensor) and torch.equal(output.affine, affine)
     assert type(plain) is torch.Tensor and torch.equal(output.as_tensor(), plain)
+    if grad:
+        output.square().mean().backward()
+        assert all(one.grad is not None for one in network.parameters() if one.requires_grad)
 
 
 @pytest.mark.parametrize("grad", [False, True])

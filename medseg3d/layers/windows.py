@@ -56,7 +56,7 @@ class Windows:
     def reverse(self, windows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """windows_WNE -> tokens in the shape of ``like_B...E``."""
         rows = windows.reshape(-1, windows.shape[-1])
-        return _take(rows, self.inverse, None, self.index, self.padding).view(*like.shape[:-1], -1)
+        return _take(rows, self.inverse, None, self.index, self.padding).view(*like.shape[:-1], windows.shape[-1])
 
 
 def fitting_window(grid: Size, window: Size, shift: Size) -> tuple[Size, Size]:

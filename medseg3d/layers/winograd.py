@@ -66,7 +66,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, t
 
     ``transformed`` keeps what was computed from ``weight``, whose memory it stands for.
     """
-    if is_plain_eager() and x.device.type == "cpu":
+    if is_plain_eager() and x.device.type == "cpu" and len(x):
         if torch.is_autocast_enabled("cpu"):
             x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
         records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -57,6 +57,13 @@ def test_the_affine_of_a_meta_tensor_comes_along(network, sized, grad):
 
 
 @pytest.mark.parametrize("grad", [False, True])
+def test_no_images_give_no_logits(network, sized, grad):
+    network.eval()
+    with torch.set_grad_enabled(grad):
+        assert network(sized[:0]).shape == (0, 2, *sized.shape[2:])
+
+
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["unet", "unetr", "swin_unetr"])
 def test_a_hook_keeps_what_a_convolution_gave(name, grad, image):
     network = NETWORKS[name]().eval()

@@ -51,8 +51,9 @@ class SwinUNETR(nn.Module):
             the rest again: less memory for more time.
         spatial_dims: 2 or 3.
         downsample: order in which patch merging takes neighbours. "legacy" is that of MONAI 0.9 to 1.4, with which
-            **every public checkpoint was trained**; "merging" and "mergingv2" are those of MONAI 1.5 and later. See
-            also ``merging_order``.
+            **every public checkpoint was trained**; "merging" and "mergingv2" are those of MONAI 1.5 and later. It
+            comes with our own ``state_dict``; of another, or of a plain copy, ``load_state_dict`` cannot know it and
+            keeps this one. See also ``merging_order`` and ``medseg3d.checkpoints.load_checkpoint``.
         use_v2: residual convolutions before each stage.
         use_flash_attention: of no effect: attention is always fused. Taken because MONAI's configs have it.
 

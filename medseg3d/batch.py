@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
 from medseg3d.io import Case, Inputs, find_inputs
-from medseg3d.outputs import FAILURES, SIDE_FILES, STATISTICS, OutputPlan
+from medseg3d.outputs import FAILURES, MASK, SIDE_FILES, STATISTICS, OutputPlan
 from medseg3d.report.ledger import Ledger
 from medseg3d.report.records import write_csv
 from medseg3d.report.run import case_record, input_sha256
@@ -44,7 +44,7 @@ class CaseResult:
     Attributes:
         case: name, path and kind of the input.
         result: the segmentation; None if it failed or was finished by an earlier run.
-        outputs: files written, by kind ("segmentation", "statistics", "preview", "json").
+        outputs: files written, by kind ("segmentation", "statistics", "preview", "json", "mask 1").
         error: why it failed, in one line; None if it did not.
         resumed: True if an earlier run had finished it.
         out_of_memory: True if that is why it failed.
@@ -113,7 +113,9 @@ def predict_many(
     pictures = segmenter.pictures
     found = inputs if isinstance(inputs, Inputs) else find_inputs(inputs, pictures is not None)
     plan = output if isinstance(output, OutputPlan) else OutputPlan(Path(output), pictures=pictures)
-    plan = plan.of(getattr(segmenter, "uncertainty", None))
+    if plan.masks and pictures is not None:
+        raise ValueError("masks are of scans, and the model segments pictures: leave them out")
+    plan = plan.of(getattr(segmenter, "uncertainty", None), segmenter.labels if plan.masks else {})
     plan.prepare(found, resume=resume)
     options = {"suffix": plan.suffix or plan.writable[0], "allow_non_hu": allow_non_hu}
     model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
@@ -263,16 +265,20 @@ class _Run:
         had = self.ledger.forget(case)  # the files of an earlier run are about to be replaced, one after another
         if not same:
             self.replaced.update(had)
-            for path in self.plan.files_of_others(case.name, had):
-                path.unlink(missing_ok=True)
+            self._remove_others(case.name, had)
         target = files["segmentation"]
         earlier = input_sha256(target) if self.plan.is_file and target.is_file() else None
         _write(result, case, files, self.plan)
         if earlier not in (None, input_sha256(target)):  # no ledger tells what the files beside it were made of
-            for path in self.plan.files_of_others(case.name, SIDE_FILES):
-                path.unlink(missing_ok=True)
+            self._remove_others(case.name, (*SIDE_FILES, MASK))
         self.ledger.note(case, had.union(files) if same else files)
         return CaseResult(case, result, files)
+
+    def _remove_others(self, name: str, kinds: Collection[str]) -> None:
+        """Remove the files of these kinds that tell of another segmentation, and that this run does not write."""
+        masks = self.plan.masks_of_others(name) if any(kind.startswith(MASK) for kind in kinds) else set()
+        for path in masks | self.plan.files_of_others(name, kinds):
+            path.unlink(missing_ok=True)
 
 
 def _attempt(case: Case, step: Callable[..., T], *arguments: Any) -> T | CaseResult:
@@ -299,6 +305,10 @@ def _write(result: Any, case: Case, files: dict[str, Path], plan: OutputPlan) ->
             done.append(result.save_uncertainty(files["uncertainty"]))
         if "json" in files:
             done.append(result.save(files["json"]))
+        for kind, path in files.items():
+            if kind.startswith(MASK):
+                path.parent.mkdir(exist_ok=True)
+                done.append(result.save_mask(int(kind.removeprefix(MASK)), path))
         # Last of all, so that a segmentation on disk means that its case is complete.
         result.save(files["segmentation"])
     except BaseException:  # Ctrl-C too

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from medseg3d.report.statistics import write_statistics_csv
 FAILURES, STATISTICS = "failures.csv", "statistics.csv"
 UNCERTAINTIES = ("entropy", "margin")
 SIDE_FILES = ("statistics", "statistics_csv", "preview", "uncertainty", "json")  # kinds, beside the segmentation
+MASK = "mask "  # begins the kind of a mask, its label's number ends it
 TABLES = (FAILURES, STATISTICS, LEDGER)  # of a whole folder
 
 
@@ -32,6 +33,8 @@ class OutputPlan:
             one that :func:`medseg3d.batch.predict_many` finds its model to make.
         pictures: what a model makes of pictures: "semantic", "instances" or "panoptic"; None for a model of scans.
             Objects and segments go into COCO's JSON too, one beside each picture and one of the whole folder.
+        masks: whether to write each label of a scan as a mask of 0 and 1 too, into the folder `<case>_masks`.
+        labels: number -> name of those; by default the model's, as for ``uncertainty``.
     """
 
     target: Path
@@ -40,6 +43,8 @@ class OutputPlan:
     preview: bool = False
     uncertainty: str | None = None
     pictures: str | None = None
+    masks: bool = False
+    labels: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", Path(self.target).expanduser())
@@ -79,6 +84,10 @@ class OutputPlan:
             files["preview"] = self.folder / f"{stem}.preview.png"
         if self.uncertainty:
             files["uncertainty"] = self.folder / f"{stem}.{self.uncertainty}.nii.gz"
+        if self.masks:
+            suffix = split_name(segmentation)[1].replace(".seg.nrrd", ".nrrd")
+            for number, file in _file_names(self.labels).items():
+                files[f"{MASK}{number}"] = self.folder / f"{stem}_masks" / f"{file}{suffix}"
         return files
 
     def files_of_others(self, name: str, kinds: Collection[str]) -> set[Path]:
@@ -94,6 +103,12 @@ class OutputPlan:
         own = self.files(name).values()
         return {path for path, kind in files.items() if kind in kinds and kind != "segmentation" and path not in own}
 
+    def masks_of_others(self, name: str) -> set[Path]:
+        """Masks beside the segmentation of the case of this name that this run does not write."""
+        stem = split_name(self.target)[0] if self.is_file else name
+        there = {path for path in (self.folder / f"{stem}_masks").glob("*") if split_name(path)[1] in WRITABLE}
+        return there - set(self.files(name).values())
+
     def write_table(self, path: Path, statistics: dict[str, Any]) -> Path:
         """Write the figures of cases by name, as CSV."""
         if self.pictures is None:
@@ -102,8 +117,8 @@ class OutputPlan:
 
         return write_picture_statistics_csv(path, statistics)
 
-    def of(self, uncertainty: str | None) -> OutputPlan:
-        """The plan for a model that makes this map of uncertainty, or none.
+    def of(self, uncertainty: str | None, labels: Mapping[int, str]) -> OutputPlan:
+        """The plan for a model that makes this map of uncertainty, or none, and has these labels.
 
         Raises:
             ValueError: the plan is of another map.
@@ -114,7 +129,7 @@ class OutputPlan:
                 f"{self.uncertainty!r} is to be written, but the model makes {made}: load it with "
                 f"uncertainty={self.uncertainty!r}, or leave it out of the plan"
             )
-        return replace(self, uncertainty=uncertainty)
+        return replace(self, uncertainty=uncertainty, labels=self.labels or labels)
 
     def prepare(self, inputs: Inputs, report: Path | None = None, resume: bool = False) -> None:
         """Make the folder, and refuse what cannot end well before any time is spent.
@@ -179,6 +194,13 @@ class OutputPlan:
         above = next(folder for folder in report.absolute().parents if folder.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise PermissionError(13, f"the report cannot go to {report}, no file can be made in {above}: name another")
+
+
+def _file_names(labels: Mapping[int, str]) -> dict[int, str]:
+    """Label number -> its name without what a file's name cannot have; with the number where two would be the same."""
+    names = {number: re.sub(r"[^\w.+-]+", "_", name) for number, name in labels.items()}
+    lower = [name.lower() for name in names.values()]
+    return {number: name if lower.count(name.lower()) == 1 else f"{name}_{number}" for number, name in names.items()}
 
 
 def _file_suffix(path: Path) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medseg3d.io import LabelTable, write_label_map, write_volume
 from medseg3d.report.preview import preview, write_preview
 from medseg3d.report.statistics import statistics
@@ -46,6 +48,18 @@ class Segmentation:
     def save(self, path: str | Path) -> Path:
         """Write the label map; the suffix chooses the format (.nii.gz, .nii, .nrrd, .mha). Names travel with it."""
         return write_label_map(self.segmentation, path, self.table)
+
+    def save_mask(self, label: int | str, path: str | Path) -> Path:
+        """Write where one label, by its number or name, is 1 and all else 0, uint8, as :meth:`save` writes them all.
+
+        Raises:
+            ValueError: there is no such label.
+        """
+        numbers = [number for number, name in self.table.names.items() if label in (number, name)]
+        if not numbers:
+            raise ValueError(f"there is no label {label!r}; there are {', '.join(self.table.names.values())}")
+        mask = np.isin(self.segmentation.array, numbers)
+        return write_volume(self.segmentation.with_array(mask.astype(np.uint8)), path)
 
     def save_uncertainty(self, path: str | Path) -> Path:
         """Write the map of uncertainty, float32, as :meth:`save` writes labels.

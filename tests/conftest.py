@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -111,3 +112,15 @@ def predict(run, bundles):
         return run("predict", "-i", *scans, "-o", output, "-m", bundles.threshold, "--trust", "-d", "cpu", *options)
 
     return run_predict
+
+
+@pytest.fixture
+def scans(tmp_path, ct_file):
+    """Three scans, of which the second is cut off."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in "abc":
+        shutil.copy(ct_file, folder / f"{name}.nii.gz")
+    content = ct_file.read_bytes()
+    (folder / "b.nii.gz").write_bytes(content[: len(content) // 2])
+    return folder

@@ -16,27 +16,12 @@ from medseg3d.batch import predict_many
 from medseg3d.io import find_inputs
 from medseg3d.outputs import OutputPlan
 from tests import tiny_bundles as tiny
+from tests.command_line import names
 
 
 @pytest.fixture
 def model(models):
     return models.threshold
-
-
-@pytest.fixture
-def scans(tmp_path, ct_file):
-    """Three scans, of which the second is cut off."""
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    for name in "abc":
-        shutil.copy(ct_file, folder / f"{name}.nii.gz")
-    content = ct_file.read_bytes()
-    (folder / "b.nii.gz").write_bytes(content[: len(content) // 2])
-    return folder
-
-
-def names(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def rows(path):
@@ -384,41 +369,6 @@ def test_nothing_of_another_model_stays_beside_a_new_segmentation(model, scans, 
     list(predict_many(model, scans / "c.nii.gz", OutputPlan(folder, preview=True)))
     assert (folder / "c.preview.png").is_file() and not (folder / "c.stats.json").exists()
     assert not (folder / "statistics.csv").exists()
-
-
-def test_nothing_of_another_segmentation_stays_beside_a_single_file(model, scans, tmp_path):
-    target = tmp_path / "seg.nii.gz"
-    list(predict_many(model, scans / "a.nii.gz", OutputPlan(target, "", True, True)))
-    beside = {"seg.labels.json", "seg.nii.gz", "seg.preview.png", "seg.stats.csv", "seg.stats.json"}
-    (tmp_path / "seg.json").touch()  # none of ours: this is no model of pictures
-    list(predict_many(model, scans / "a.nii.gz", target))
-    assert beside < set(names(tmp_path)), "the same segmentation has the same figures"
-    image = nib.load(scans / "a.nii.gz")
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), scans / "turned.nii.gz")
-    list(predict_many(model, scans / "turned.nii.gz", OutputPlan(target, preview=True)))
-    left = {name for name in names(tmp_path) if name.startswith("seg")}
-    assert left == beside - {"seg.stats.csv", "seg.stats.json"} | {"seg.json"}
-
-
-def test_a_failure_tells_what_was_odd_about_the_scan(model, scans, tmp_path, monkeypatch):
-    image = nib.load(scans / "a.nii.gz")
-    image.header.set_xyzt_units("meter")
-    nib.save(image, scans / "metres.nii.gz")
-
-    def too_large(*arguments, **keywords):
-        raise MemoryError("Unable to allocate 828. TiB")
-
-    monkeypatch.setattr(type(model), "segment", too_large)
-    (result,) = predict_many(model, scans / "metres.nii.gz", tmp_path / "out")
-    assert result.out_of_memory and "out of memory" in result.error
-    assert "lengths converted from meter to mm" in result.error and "check the units in the header" in result.error
-
-
-def test_a_folder_may_have_a_name_with_a_dot(model, scans, tmp_path):
-    (tmp_path / "seg.txt").mkdir()
-    for folder in ("seg.txt", "results.v2"):
-        (result,) = predict_many(model, scans / "a.nii.gz", tmp_path / folder)
-        assert result.outputs["segmentation"] == tmp_path / folder / "a_seg.nii.gz"
 
 
 def test_runs_at_the_same_time_share_a_folder(model, scans, tmp_path):

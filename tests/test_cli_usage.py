@@ -17,6 +17,7 @@ FLAGS = {
         "-d --device",
         "-s --statistics",
         "-p --preview",
+        "--masks",
         "--uncertainty",
         "-rp --report",
         "-ot --output-type",

@@ -92,6 +92,9 @@ def _add_predict(verbs: Any) -> None:
         help="write a PNG of three planes with the organs in colour, or of the picture with its objects",
     )  # fmt: skip
     verb.add_argument(
+        "--masks", action="store_true", help="write each label as a mask of its own too, <scan>_masks/<label>.nii.gz"
+    )
+    verb.add_argument(
         "--uncertainty", choices=("entropy", "margin"),
         help="write how sure the network is of each voxel, 0 to 1, as <scan>.entropy.nii.gz (high where it is unsure) "
         "or <scan>.margin.nii.gz (low there)",

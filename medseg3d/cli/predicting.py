@@ -26,7 +26,7 @@ HOW = (
     *("crop_body", "max_ram", "max_vram", "uncertainty", "weights"),
 )
 _FOR_SCANS = (
-    *("output_type", "plan", "allow_non_hu"),
+    *("output_type", "plan", "allow_non_hu", "masks"),
     *("strategy", "max_ram", "max_vram", "uncertainty", "crop_body"),
 )
 
@@ -45,7 +45,7 @@ def predict(args: argparse.Namespace) -> int:
     pictures = _pictures(bundles, args)
     target = Path(args.output or ".").expanduser()
     suffix = "" if pictures else OUTPUT_TYPES[args.output_type]
-    plan = OutputPlan(target, suffix, args.statistics, args.preview, args.uncertainty, pictures)
+    plan = OutputPlan(target, suffix, args.statistics, args.preview, args.uncertainty, pictures, args.masks)
     report = None if args.report is None else Path(args.report).expanduser() if args.report else plan.report
     try:
         inputs = find_inputs(args.input, pictures is not None)
@@ -111,7 +111,9 @@ def _tell(outcome: CaseResult) -> None:
         say(f"warning: {outcome.case.name}: {warning}")
     if outcome.resumed:
         say(f"{outcome.case.name}: finished by an earlier run")
-    for path in outcome.outputs.values():
+    from medseg3d.outputs import MASK
+
+    for path in dict.fromkeys(path.parent if kind.startswith(MASK) else path for kind, path in outcome.outputs.items()):
         print(path)
 
 

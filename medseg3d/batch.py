@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from medseg3d.errors import in_words, is_out_of_memory
 from medseg3d.geometry import Geometry
-from medseg3d.io import Case, Inputs, find_inputs
+from medseg3d.io import Case, Inputs, find_inputs, read_dicom
 from medseg3d.outputs import FAILURES, MASK, SIDE_FILES, STATISTICS, OutputPlan
 from medseg3d.report.ledger import Ledger
 from medseg3d.report.records import write_csv
-from medseg3d.report.run import case_record, input_sha256
+from medseg3d.report.run import Stopwatch, case_record, input_sha256
 from medseg3d.report.statistics import write_statistics_json
 
 if TYPE_CHECKING:  # to plan the outputs of a command takes no torch
@@ -83,6 +83,7 @@ def predict_many(
     allow_non_hu: bool = False,
     progress: Callable[[Case, str], None] | None = None,
     background_io: bool = True,
+    series: str | None = None,
 ) -> Iterator[CaseResult]:
     """Segment scans, or pictures, one after another and write each as soon as it is done.
 
@@ -105,6 +106,7 @@ def predict_many(
         background_io: read and write beside the network. False takes each case to its end before the next is begun,
             which is slower but keeps one scan in memory; else there are up to three, and two results. A segmenter whose
             memory is limited does so in any case: its plans are of one scan.
+        series: which series of DICOM files to read, see :func:`medseg3d.io.read_dicom`; by default the largest CT.
 
     Raises:
         ValueError, OSError: nothing to read, nowhere to write, or a plan of another map of uncertainty; before the
@@ -118,9 +120,10 @@ def predict_many(
     plan = plan.of(getattr(segmenter, "uncertainty", None), segmenter.labels if plan.masks else {})
     plan.prepare(found, resume=resume)
     options = {"suffix": plan.suffix or plan.writable[0], "allow_non_hu": allow_non_hu}
+    options |= {} if series is None else {"series": series}
     model = {name: segmenter.record.get(name) for name in ("bundle_sha256", "settings")}
     ledger = Ledger(None if plan.is_file else plan.folder, {"model": model, **options})
-    run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress)
+    run = _Run(segmenter, plan, ledger, resume, allow_non_hu, progress, series)
     overlapped = background_io and not getattr(segmenter, "limited", False)
     return _results(run, found, plan, _overlapped if overlapped else _one_by_one)
 
@@ -217,6 +220,7 @@ class _Run:
     resume: bool
     allow_non_hu: bool
     progress: Callable[[Case, str], None] | None
+    series: str | None
     replaced: set[str] = field(default_factory=set)  # kinds of files, of another model or input
 
     def read(self, case: Case) -> Scan | Picture | CaseResult:
@@ -249,7 +253,7 @@ class _Run:
         files = self.plan.files(case.name)
         if self.resume and self.ledger.finished(case, files):
             return CaseResult(case, outputs=files, resumed=True)
-        return self.segmenter.read(case.path, allow_non_hu=self.allow_non_hu)
+        return read_case(self.segmenter, case, self.allow_non_hu, self.series)
 
     def _segment(self, case: Case, scan: Scan | Picture) -> Segmentation | PictureSegmentation:
         result = self.segmenter.segment(scan, progress=partial(self._tell, case))
@@ -279,6 +283,17 @@ class _Run:
         masks = self.plan.masks_of_others(name) if any(kind.startswith(MASK) for kind in kinds) else set()
         for path in masks | self.plan.files_of_others(name, kinds):
             path.unlink(missing_ok=True)
+
+
+def read_case(segmenter: Any, case: Case, allow_non_hu: bool = False, series: str | None = None) -> Any:
+    """What a segmenter reads of a case; of DICOM files the series of that name."""
+    if series is None or case.kind != "dicom":
+        return segmenter.read(case.path, allow_non_hu=allow_non_hu)
+    stopwatch = Stopwatch()
+    with stopwatch.stage("read"):
+        volume = read_dicom(case.path, series)
+        scan = segmenter.read(volume, allow_non_hu=allow_non_hu)
+    return replace(scan, seconds=dict(stopwatch.seconds))
 
 
 def _attempt(case: Case, step: Callable[..., T], *arguments: Any) -> T | CaseResult:

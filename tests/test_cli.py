@@ -108,6 +108,7 @@ def test_report(predict, ct_file, tmp_path):
     assert report["device"] == "cpu" and report["threads"] >= 1 and report["peak_memory_mb"] > 50
     assert report["options"] == {
         "allow_non_hu": True,
+        "series": None,
         "resume": False,
         "compile": False,
         "strategy": None,
@@ -253,6 +254,26 @@ def test_a_tilted_series_as_folder_and_as_zip(predict, shared, tmp_path):
         written.append(np.asarray(nib.load(out[0]).dataobj))
     assert np.count_nonzero(written[0]) > 100_000  # the skull
     np.testing.assert_array_equal(*written)
+
+
+def test_one_of_two_series_by_its_name(predict, run, shared, tmp_path, ct_file):
+    pydicom = pytest.importorskip("pydicom")
+    folder = tmp_path / "study"
+    shutil.copytree(shared("data", "ge-head-tilt-dicom"), folder)
+    for file in sorted(folder.iterdir())[:12]:
+        slices = pydicom.dcmread(file)
+        slices.SeriesInstanceUID, slices.SeriesDescription = "1.2.3", "delayed"
+        slices.SOPInstanceUID += ".1"
+        slices.save_as(folder / f"late_{file.name}")
+    code, out, err = predict(folder, tmp_path / "out")
+    assert code == 0 and any("left out series 'delayed' (CT, 12 images)" in line for line in err), err
+    first = nib.load(out[0]).shape
+    code, out, err = predict(folder, tmp_path / "out", "--resume", "--series", "delayed")
+    assert code == 0 and nib.load(out[0]).shape[2] < first[2], "another series is not what was finished"
+    code, _, err = predict(folder, tmp_path / "out", "--series", "early")
+    assert code == 1 and "no DICOM series 'early' that makes a volume" in err[-1]
+    code, _, err = predict(ct_file, tmp_path / "out", "--series", "delayed")
+    assert code == 2 and "--series is for DICOM files" in err[-1]
 
 
 # Trust

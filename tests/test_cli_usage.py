@@ -10,6 +10,7 @@ EVERY_VERB = {"-h --help", "-q --quiet", "-v --verbose"}
 FLAGS = {
     "predict": {
         "-i --input",
+        "--series",
         "-o --output",
         "-m --model",
         "--unite",

@@ -65,6 +65,10 @@ def _add_predict(verbs: Any) -> None:
         "TIFF and BMP files for a model of pictures",
     )  # fmt: skip
     verb.add_argument(
+        "--series", metavar="NAME",
+        help="which series of DICOM files: its SeriesInstanceUID or description (default: the largest CT)",
+    )  # fmt: skip
+    verb.add_argument(
         "-o", "--output", metavar="PATH",
         help="file (.nii.gz, .nii, .nrrd, .mha; .png, .tif of a picture) for one scan, else a folder; files there are "
         "named <scan>_seg",

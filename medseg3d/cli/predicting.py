@@ -26,7 +26,7 @@ HOW = (
     *("crop_body", "max_ram", "max_vram", "uncertainty", "weights"),
 )
 _FOR_SCANS = (
-    *("output_type", "plan", "allow_non_hu", "masks"),
+    *("output_type", "plan", "allow_non_hu", "masks", "series"),
     *("strategy", "max_ram", "max_vram", "uncertainty", "crop_body"),
 )
 
@@ -53,6 +53,8 @@ def predict(args: argparse.Namespace) -> int:
             plan.prepare(inputs, report, args.resume)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if args.series is not None and all(case.kind != "dicom" for case in inputs.cases):
+        raise UsageError("--series is for DICOM files, and none is among the inputs: leave it out")
     for path, reason in inputs.skipped:
         say(f"skipped {path}: {reason}")
     trusts = [args.trust or asked_to_trust(bundle) for bundle in bundles]
@@ -73,14 +75,15 @@ def predict(args: argparse.Namespace) -> int:
         say(f"note: {note}")
     if args.plan:
         status.clear()
-        return _print_plans(inputs.cases, segmenter, models, args.allow_non_hu)
+        return _print_plans(inputs.cases, segmenter, models, args)
     # Found before the run, which may remove what an earlier one left.
     unreadable = [path for path, _ in inputs.skipped if not os.access(path, os.R_OK)]
     outcomes: list[CaseResult] = []
     records: list[dict[str, Any]] = []
     try:
         with stopwatch.stage("cases"):
-            for outcome in predict_many(segmenter, inputs, plan, args.resume, args.allow_non_hu, status.stage):
+            how = (args.resume, args.allow_non_hu, status.stage)
+            for outcome in predict_many(segmenter, inputs, plan, *how, series=args.series):
                 status.clear()
                 outcomes.append(replace(outcome, result=None))  # one scan at a time is held, not the whole batch
                 records.append(outcome.record())
@@ -146,12 +149,14 @@ def _load(bundle: BundleInfo, trust: bool, args: argparse.Namespace) -> Any:
     return load_model(bundle.path.absolute(), trust=trust, device=args.device, **options)
 
 
-def _print_plans(cases: Sequence[Case], segmenter: Any, models: Sequence[Segmenter], allow_non_hu: bool) -> int:
+def _print_plans(cases: Sequence[Case], segmenter: Any, models: Sequence[Segmenter], args: argparse.Namespace) -> int:
     """Print what each case will take with each model; the exit code is that of the worst case."""
+    from medseg3d.batch import read_case
+
     code = DONE
     for case in cases:
         try:
-            scan = segmenter.read(case.path, allow_non_hu)
+            scan = read_case(segmenter, case, args.allow_non_hu, args.series)
             for model in models:
                 print(f"{case.name}, {model.name}\n{textwrap.indent(str(model.plan(scan)), '  ')}")
         except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
@@ -169,7 +174,7 @@ def _write_report(
     from medseg3d.report.run import run_report, write_run_report
 
     cuda = segmenter.device.type == "cuda"
-    options = {name: getattr(args, name) for name in ("allow_non_hu", "resume", *HOW)}
+    options = {name: getattr(args, name) for name in ("allow_non_hu", "resume", "series", *HOW)}
     report = run_report(
         model=segmenter.record,
         cases=records,

@@ -95,8 +95,10 @@ def list_series(path: str | Path) -> tuple[Series, ...]:
         return _grouped(sources)
 
 
-def read_dicom(path: str | Path, uid: str | None = None) -> Volume:
-    """Read one series of a DICOM file, folder or zip: the largest CT series, or the one with this SeriesInstanceUID.
+def read_dicom(path: str | Path, series: str | None = None) -> Volume:
+    """Read one series of a DICOM file, folder or zip: the largest CT series, or the one that is named.
+
+    ``series`` is a SeriesInstanceUID, or the description that messages call it by; of several the largest is read.
 
     Folders are searched as `list_series` does.
 
@@ -105,18 +107,19 @@ def read_dicom(path: str | Path, uid: str | None = None) -> Volume:
     of it, and what was left out, is in `header["notes"]`.
 
     Raises:
-        ValueError: no series makes a volume (with the reason for each), or the series has duplicates that differ, a gap
-            that is too wide, or pixel data that cannot be decoded.
+        ValueError: no series, or none of that name, makes a volume (with the reason for each), or the series has
+            duplicates that differ, a gap that is too wide, or pixel data that cannot be decoded.
     """
     path = Path(path)
     with _sources(path) as sources:
-        series = _grouped(sources)
-        usable = [one for one in series if not one.rejected and uid in (None, one.uid)]
+        found = _grouped(sources)
+        usable = [one for one in found if not one.rejected and series in (None, one.uid, one.description)]
         if not usable:
-            reasons = "; ".join(f"{one}: {one.rejected or 'another series'}" for one in series[:5])
-            raise ValueError(f"{path} holds no DICOM series that makes a volume{reasons and ': '}{reasons}")
+            reasons = "; ".join(f"{one}: {one.rejected or 'another series'}" for one in found[:5])
+            asked = "" if series is None else f" {series!r}"
+            raise ValueError(f"{path} holds no DICOM series{asked} that makes a volume{reasons and ': '}{reasons}")
         chosen = usable[0]
-        notes = [f"left out {one}: {one.rejected or f'{chosen} is read'}" for one in series if one is not chosen]
+        notes = [f"left out {one}: {one.rejected or f'{chosen} is read'}" for one in found if one is not chosen]
         if chosen.modality != "CT":
             notes.append(f"the modality is {chosen.modality}, not CT")
         try:

@@ -201,9 +201,7 @@ def _write(output: Path, bundle: BundleInfo, configs: Mapping[str, Any], card: s
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / output.name
-        shutil.copytree(
-            bundle.path, folder, ignore=shutil.ignore_patterns("models", "docs", "runs", "eval", "__pycache__")
-        )
+        shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
         for name, content in configs.items():
             (folder / "configs" / name).write_text(_json(content), encoding="utf-8")
         (folder / "models").mkdir()

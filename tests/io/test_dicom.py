@@ -172,7 +172,10 @@ def test_the_largest_ct_series_is_read_and_the_rest_listed(series, dicom_slice, 
         ("CT", 4),
         ("PT", 9),
     ]
-    assert read_dicom(folder, uid="1.2").shape == (4, 3, 4)
+    for name in ("1.2", "series 1.2"):
+        assert read_dicom(folder, series=name).shape == (4, 3, 4)
+    with pytest.raises(ValueError, match=r"no DICOM series 'nine' that makes a volume: series 'series 1\.1' \(CT, 6"):
+        read_dicom(folder, series="nine")
 
 
 def test_another_modality_is_read_with_a_note(series):

@@ -16,7 +16,8 @@ import torch
 
 from medseg3d.networks.detection.masks import paste_masks_in_image
 
-VOID = 255
+VOID = 255  # of classes
+IGNORED = -1  # of panoptic channels, of which an image with many objects has a channel 255
 
 
 def panoptic_logits(
@@ -135,20 +136,20 @@ def clean_up(
 def panoptic_target(
     semantic_HW: torch.Tensor, instances_NHW: torch.Tensor, kept: torch.Tensor, stuff: int
 ) -> torch.Tensor:
-    """Class (H, W) of each voxel for the panoptic loss, ``VOID`` where the semantic target has it.
+    """Panoptic channel (H, W), int64, of each voxel for the panoptic loss; ``IGNORED`` where the semantics are void.
 
     Args:
-        semantic_HW: stuff classes, then things; ``VOID`` is ignored.
+        semantic_HW: stuff classes, then things; voxels of ``VOID`` are ignored.
         instances_NHW: masks of all instances, bool.
         kept: indices of the instances that the head is shown, in their order; the others are to be found unknown.
         stuff: number of stuff classes.
     """
-    target = semantic_HW.clone()
+    target = semantic_HW.to(torch.int64, copy=True)
     unknown = stuff + len(kept)
     target[(semantic_HW >= stuff) & (semantic_HW != VOID)] = unknown
     for mask in instances_NHW:
         target[mask] = unknown
     for position, number in enumerate(kept.tolist()):
         target[instances_NHW[number]] = stuff + position
-    target[semantic_HW == VOID] = VOID  # masks of objects may reach there
+    target[semantic_HW == VOID] = IGNORED  # masks of objects may reach there
     return target

@@ -26,6 +26,7 @@ from medseg3d.networks.detection.boxes import in_full_precision
 from medseg3d.networks.detection.mask_rcnn import MAPS, MaskRCNN
 from medseg3d.networks.detection.masks import masks_of_own_class, paste_masks_in_image
 from medseg3d.networks.detection.panoptic_head import (
+    IGNORED,
     VOID,
     clean_up,
     panoptic_logits,
@@ -198,7 +199,7 @@ class UPSNet(nn.Module):
             found = panoptic_logits(
                 in_full_precision(logits), boxes, target["labels"][kept] - 1, in_full_precision(own[kept]), self.stuff
             )
-            losses.append(_cross_entropy(found[None], wanted[None]))
+            losses.append(_cross_entropy(found[None], wanted[None], IGNORED))
         return torch.stack(losses).mean()
 
     def _shown(self, count: int, device: torch.device) -> torch.Tensor:
@@ -246,10 +247,10 @@ def _enlarged(logits_BKHW: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(logits_BKHW, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _cross_entropy(logits_BKHW: torch.Tensor, classes_BHW: torch.Tensor) -> torch.Tensor:
-    """The mean over what is not void; 0 where all is."""
-    total = F.cross_entropy(logits_BKHW, classes_BHW.long(), ignore_index=VOID, reduction="sum")
-    return total / (classes_BHW != VOID).sum().clamp(min=1)
+def _cross_entropy(logits_BKHW: torch.Tensor, classes_BHW: torch.Tensor, ignored: int = VOID) -> torch.Tensor:
+    """The mean over what is not ``ignored``; 0 where all is."""
+    total = F.cross_entropy(logits_BKHW, classes_BHW.long(), ignore_index=ignored, reduction="sum")
+    return total / (classes_BHW != ignored).sum().clamp(min=1)
 
 
 def _crops(semantic_HW: torch.Tensor, boxes_N4: torch.Tensor) -> torch.Tensor:

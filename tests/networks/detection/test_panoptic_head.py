@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from medseg3d.networks.detection.masks import paste_masks_in_image
 from medseg3d.networks.detection.panoptic_head import (
+    IGNORED,
     VOID,
     clean_up,
     panoptic_logits,
@@ -72,13 +73,24 @@ def test_the_target_of_training(shared):
     stuff = json.loads((folder / "upsnet_head.json").read_text())["train_n_stuff"]
     semantic, instances, kept = (torch.from_numpy(stored[f"train_{name}"]) for name in ("sem_gt", "inst", "kept"))
     target = panoptic_target(semantic, instances, kept, stuff)
-    np.testing.assert_array_equal(target.numpy(), stored["train_target"])
+    stored_target = np.where(stored["train_target"] == VOID, IGNORED, stored["train_target"])
+    np.testing.assert_array_equal(target.numpy(), stored_target)
 
 
-def test_void_stays_void_where_objects_reach_into_it():
-    semantic = torch.tensor([[0, 1, VOID, VOID]])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_void_is_ignored_where_objects_reach_into_it(dtype):
+    semantic = torch.tensor([[0, 1, VOID, VOID]], dtype=dtype)
     objects = torch.tensor([[[False, True, True, False]], [[False, False, False, True]]])
-    assert panoptic_target(semantic, objects, torch.tensor([0]), stuff=1).tolist() == [[0, 1, VOID, VOID]]
+    assert panoptic_target(semantic, objects, torch.tensor([0]), stuff=1).tolist() == [[0, 1, IGNORED, IGNORED]]
+
+
+def test_every_one_of_many_objects_has_a_channel_of_its_own():
+    """Channel 255 too, which is no void: an object's, or with 253 objects that of the unknown."""
+    semantic, objects = torch.full((1, 300), 2), torch.eye(300, dtype=torch.bool)[:, None]
+    for count in (300, 253):
+        target = panoptic_target(semantic, objects, torch.arange(count), stuff=2)
+        assert target.tolist() == [[2 + min(number, count) for number in range(300)]]
+        assert (target != IGNORED).all()
 
 
 def test_gradients_reach_semantic_and_mask_logits():

@@ -92,6 +92,17 @@ def test_a_picture_of_which_nothing_is_known_teaches_no_semantics():
     assert losses["loss_semantic"] == 0 and losses["loss_semantic_roi"] == 0
 
 
+def test_the_object_in_channel_255_is_no_void_in_the_panoptic_loss():
+    """Only the last of 254 objects covers voxels; two classes of stuff come before them."""
+    network, (image, target) = small(keep=1.0), scene()
+    masks = torch.zeros(254, 96, 128, dtype=torch.uint8)
+    masks[-1] = target["masks"][0]
+    boxes, labels = target["boxes"][:1].expand(254, -1), torch.ones(254, dtype=torch.int64)
+    semantic = torch.where(masks[-1] > 0, 2, VOID)
+    losses = network([image], [{"boxes": boxes, "labels": labels, "masks": masks, "semantic": semantic}])
+    assert losses["loss_panoptic"] > 0
+
+
 def test_the_scene_is_learnt_and_told_at_the_pictures_size():
     network, (image, target) = small(roi_weight=0.0, panoptic_weight=0.5, semantic_weight=1.0), scene()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)

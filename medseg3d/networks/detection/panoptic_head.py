@@ -62,10 +62,15 @@ def _check(semantic: torch.Tensor, boxes: torch.Tensor, classes: torch.Tensor, m
 def _within_box(logits_HW: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """``logits_HW`` within the box, whose end is rounded, and 0 outside."""
     x0, y0, x1, y1 = box.tolist()
-    rows, columns = slice(max(0, int(y0)), round(y1) + 1), slice(max(0, int(x0)), round(x1) + 1)
+    rows, columns = _from_0(int(y0), round(y1) + 1), _from_0(int(x0), round(x1) + 1)
     inside = torch.zeros_like(logits_HW)
     inside[rows, columns] = logits_HW[rows, columns]
     return inside
+
+
+def _from_0(start: int, stop: int) -> slice:
+    """Empty where it ends before 0: a slice would count a negative stop from the far end."""
+    return slice(max(0, start), max(0, stop))
 
 
 def remove_overlaps(

@@ -115,6 +115,13 @@ def test_one_instance_by_hand():
     torch.testing.assert_close(logits[2], torch.where(inside, 0.0, 3.0))
 
 
+@pytest.mark.parametrize("box", [(1, -9, 4, -5), (-9, 1, -5, 4), (1, 9, 4, 12), (9, 1, 12, 4)])
+def test_a_box_beside_the_image_explains_nothing(box):
+    semantic = torch.full((2, 8, 8), 3.0)
+    logits = panoptic_logits(semantic, torch.tensor([box]), torch.tensor([0]), torch.full((1, 3, 3), 2.0), stuff=1)
+    assert (logits[1] == 0).all() and (logits[2] == 3).all()
+
+
 @pytest.mark.parametrize(
     "box", [(-3, -2, 1, 1), (3, 2, 9, 9), (-5, -5, 20, 20), (2, 2, 2, 2), (9, 9, 12, 12), (3, 3, 1, 1)]
 )

@@ -30,7 +30,7 @@ class RandSliced(MapTransform, Randomizable):
         neighbours: k.
         fill: value of images outside of the volume.
         ratios: how often each class is drawn; by default all that the volume has, as often as each other.
-        indices_key: flat indices of the voxels of each class, as ``ClassesToIndicesd`` leaves them.
+        indices_key: flat indices of the voxels of each class, as ``ClassesToIndicesd`` leaves them; the key is removed.
 
     Raises:
         ValueError: on arguments out of range, or a number of ratios that is not that of the classes.
@@ -66,7 +66,7 @@ class RandSliced(MapTransform, Randomizable):
         output = dict(data)
         shape = tuple(output[self.keys[0]].shape[1:])
         axis = self.axes[self.R.randint(len(self.axes))]
-        centre = self._voxel(output[self.indices_key], shape)
+        centre = self._voxel(output.pop(self.indices_key), shape)
         for key in self.keys:
             labels = key in self.label_keys
             output[key] = self._window(torch.as_tensor(output[key]), axis, centre, labels)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.transforms import ClassesToIndices
+from torch.utils.data import default_collate
 
 from medseg3d.data.slices import RandSliced
 from medseg3d.inference import Slices
@@ -101,8 +102,17 @@ def test_arguments_out_of_range(options, message):
         drawn(case(), **options)
 
 
+def test_windows_of_several_volumes_make_a_batch():
+    """Lists of indices are of another length in each volume, which cannot be collated: they go."""
+    more = torch.zeros(1, *SHAPE, dtype=torch.uint8)
+    more[0, 4] = 1
+    batch = default_collate([drawn(case(), seed=1), drawn(case(more), seed=2)])
+    assert batch.keys() == {"image", "label"} and batch["image"].shape == (2, 1, 6, 7)
+
+
 def test_the_callers_volume_is_not_changed():
     data = case()
     before = data["image"].clone()
     drawn(data, neighbours=1)["image"].fill_(0)
     torch.testing.assert_close(data["image"], before, rtol=0, atol=0)
+    assert "label_cls_indices" in data

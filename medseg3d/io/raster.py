@@ -82,7 +82,9 @@ def write_image(path: str | Path, image: np.ndarray) -> Path:
         ValueError: another suffix, shape or type, or no pixel.
     """
     image = np.asarray(image)
-    if image.dtype not in (np.uint8, np.uint16) or (image.ndim != 2 and (image.ndim, image.dtype) != (3, np.uint8)):
+    grey = image.ndim == 2 and image.dtype in (np.uint8, np.uint16)
+    colors = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    if not (grey or colors):
         raise ValueError(f"an image to write is grey, uint8 or uint16, or RGB, uint8; got {image.dtype} {image.shape}")
     return _write(path, Image.fromarray(_with_pixels(image)), image)
 

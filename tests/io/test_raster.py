@@ -139,6 +139,9 @@ def test_refusals(tmp_path):
             write_label_image(tmp_path / "a.png", wrong)
         with pytest.raises(ValueError, match="an image to write"):
             write_image(tmp_path / "a.png", wrong)
+    for channels in (1, 2, 4, 5):
+        with pytest.raises(ValueError, match=rf"an image to write .* got uint8 \(4, 5, {channels}\)"):
+            write_image(tmp_path / "a.png", np.zeros((4, 5, channels), np.uint8))
     for write in (write_image, write_label_image):
         with pytest.raises(ValueError, match="at least one pixel"):
             write(tmp_path / "a.png", grey[:0])

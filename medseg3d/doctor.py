@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from medseg3d.catalogue import shipped_bundles
 from medseg3d.errors import in_words
 
-_REQUIRED = ("numpy", "scipy", "torch", "monai", "nibabel", "SimpleITK", "isal", "pillow")
+_REQUIRED = (
+    *("numpy", "scipy", "torch", "safetensors", "monai", "nibabel", "SimpleITK", "isal"),
+    *("connected-components-3d", "pillow", "einops"),
+)
 _EXTRAS = {
-    "dicom": ("pydicom", "pylibjpeg"),
+    "dicom": ("pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"),
     "bundle": ("fire", "jsonschema", "pytorch-ignite", "pyyaml"),
     "train": ("psutil", "pytorch-ignite", "tqdm"),
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow",),
+    "onnx": ("onnx", "onnxscript"),
 }
 # (package, version prefix, what goes wrong); sources: PyTorch issues 166122 and 166643.
 _KNOWN_BAD = (("torch", "2.9.", "3D convolutions under mixed precision are much slower and take more memory"),)

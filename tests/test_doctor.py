@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from medseg3d import doctor
 from medseg3d.catalogue import BundleInfo, shipped_bundles
 from medseg3d.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def verdicts():
@@ -31,7 +35,22 @@ def test_this_installation_has_all_that_is_needed():
     found = verdicts()
     for subject in ("python", *doctor._REQUIRED, "cpu", *(f"model {bundle.name}" for bundle in shipped_bundles())):
         assert found[subject] == "ok", subject
-    assert {"extra dicom", "extra bundle", "extra train"} <= found.keys()
+    assert {f"extra {name}" for name in doctor._EXTRAS} <= found.keys()
+
+
+def test_the_packages_are_those_of_the_project_file():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    of_developers = {"notebooks", "dev"}
+
+    def names(requirements):
+        return [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]
+
+    assert list(doctor._REQUIRED) == names(project["dependencies"])
+    assert {extra: list(packages) for extra, packages in doctor._EXTRAS.items()} == {
+        extra: names(requirements) for extra, requirements in extras.items() if extra not in of_developers
+    }
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg3d.catalogue import BundleInfo, find_bundle
+from medseg3d.io.labels import plain_name
 from medseg3d.report.run import bundle_sha256
 from medseg3d.volume import Volume
 
@@ -92,15 +93,10 @@ def contenders_of(
     return tuple(found)
 
 
-def same_name(name: str) -> str:
-    """A label's name as it is compared: case, blanks and dashes make no difference."""
-    return re.sub(r"[\s_-]+", "_", name.strip().casefold())
-
-
 def numbers_of(own: Mapping[int, str], reference: Mapping[int, str]) -> dict[int, int]:
     """A model's label number -> the reference's, for the names that both have."""
-    numbers = {same_name(name): number for number, name in reference.items() if number != 0}
-    return {number: numbers[same_name(name)] for number, name in own.items() if number and same_name(name) in numbers}
+    numbers = {plain_name(name): number for number, name in reference.items() if number != 0}
+    return {number: numbers[plain_name(name)] for number, name in own.items() if number and plain_name(name) in numbers}
 
 
 def renumbered(segmentation: Volume, numbers: Mapping[int, int]) -> Volume:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medseg3d.compare.contenders import Conditions, Contender, contenders_of, numbers_of, same_name
+from medseg3d.compare.contenders import Conditions, Contender, contenders_of, numbers_of
 from medseg3d.compare.page import write_page
 from medseg3d.compare.result import Comparison, Model, Row
 from medseg3d.compare.summary import summarise
@@ -19,6 +19,7 @@ from medseg3d.compare.tables import write_tables
 from medseg3d.compare.worker import Failed, Worker
 from medseg3d.data.datasets import Case
 from medseg3d.errors import in_words
+from medseg3d.io.labels import plain_name
 from medseg3d.report.records import write_json
 from medseg3d.report.run import input_sha256
 from medseg3d.version import __version__
@@ -225,8 +226,8 @@ class _Run:
             lacking = [name for number, name in labels.items() if number not in have]
             if lacking:
                 yield f"{contender.title} has no {', '.join(lacking)}: left out of all means"
-            known = {same_name(name) for name in labels.values()}
-            further = [name for name in contender.bundle.labels.values() if same_name(name) not in known]
+            known = {plain_name(name) for name in labels.values()}
+            further = [name for name in contender.bundle.labels.values() if plain_name(name) not in known]
             if further:
                 yield f"{contender.title} has {', '.join(further)}, which the references do not: not measured"
         partly = sum(case.annotated is not None and bool(labels.keys() - set(case.annotated)) for case in cases)

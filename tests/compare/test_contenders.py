@@ -48,3 +48,7 @@ def test_labels_are_the_same_by_name():
     own = {0: "background", 1: "Spinal cord", 2: "liver", 5: "parotid-left"}
     reference = {0: "background", 3: "spinal_cord", 4: "parotid_left", 6: "larynx"}
     assert numbers_of(own, reference) == {1: 3, 5: 4}
+
+
+def test_labels_are_the_same_as_in_an_evaluation():
+    assert numbers_of({1: "Parotid (left)", 2: "-larynx."}, {7: "parotid_left", 8: "larynx"}) == {1: 7, 2: 8}

@@ -161,11 +161,22 @@ def test_local_response_norm_runs_in_bfloat16(backbone):
 
 
 def test_pruned_convolutions_train(network, sized):
-    for module in network.modules():
-        if isinstance(module, nn.Conv3d):
-            prune.l1_unstructured(module, "weight", 0.3)
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
+    for conv in convs:
+        prune.l1_unstructured(conv, "weight", 0.3)
+    before = [conv.weight_orig.detach().clone() for conv in convs]
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)  # moves weights before a norm too, of tiny gradients
     for _ in range(2):
+        optimizer.zero_grad()
         network(sized).square().mean().backward()
+        optimizer.step()
+    network(sized)  # which masks the weights of the last step
+    for conv, old in zip(convs, before, strict=True):
+        kept = conv.weight_mask > 0
+        gradient = conv.weight_orig.grad
+        assert gradient[kept].any() and not gradient[~kept].any()
+        assert not torch.equal(conv.weight_orig, old)
+        assert conv.weight[kept].any() and not conv.weight[~kept].any() and not kept.all()
 
 
 def test_spectral_norm_has_a_gradient(network, sized):

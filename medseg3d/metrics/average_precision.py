@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from medseg3d.metrics.instances import Geometry, pairwise_iou
+from medseg3d.metrics.ratios import mean_of_defined
 from medseg3d.metrics.summing import Summable
 from medseg3d.tasks import Categories, Instances
 
@@ -121,14 +122,14 @@ class CocoPrecision(Summable):
     ) -> float:
         """AP, the mean of the precision over recall points, categories and thresholds; or at one of these."""
         chosen = self.precision[self._thresholds(threshold)][:, :, self._categories(category)]
-        return _mean(chosen[:, :, :, self._area(area), -1])
+        return mean_of_defined(chosen[:, :, :, self._area(area), -1])
 
     def average_recall(self, limit: int | None = None, area: str = "all", category: int | None = None) -> float:
         """AR, the mean of the recall over categories and thresholds, with up to ``limit`` detections an image."""
         if limit is not None and limit not in self.rules.limits:
             raise ValueError(f"the limit of detections is one of {self.rules.limits}, got {limit}")
         column = len(self.rules.limits) - 1 if limit is None else self.rules.limits.index(limit)
-        return _mean(self.recall[:, self._categories(category), self._area(area), column])
+        return mean_of_defined(self.recall[:, self._categories(category), self._area(area), column])
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers by their names, in its order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs,
@@ -246,7 +247,7 @@ class VocPrecision(Summable):
 
     def mean_average_precision(self, points: int | None = None) -> float:
         """mAP: the mean of AP over the categories that the reference has."""
-        return _mean(np.array([self.average_precision(number, points) for number in self.records]))
+        return mean_of_defined(np.array([self.average_precision(number, points) for number in self.records]))
 
 
 def _matched(ranked: Instances, objects: Instances, geometry: Geometry, rules: CocoRules) -> _Ranked:
@@ -297,8 +298,3 @@ def _curve(
 def _falling(precision: np.ndarray) -> np.ndarray:
     """Each value the highest from its place on."""
     return np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
-
-
-def _mean(values: np.ndarray) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else math.nan

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medseg3d.metrics.counting import joint_counts
+from medseg3d.metrics.ratios import mean_of_defined
 from medseg3d.metrics.regions import as_label_map
 from medseg3d.metrics.summing import Summable
 
@@ -149,17 +150,17 @@ class Confusion(Summable):
     @property
     def mean_accuracy(self) -> float:
         """Mean of `recall` over the classes that the reference has."""
-        return _mean(self.recall)
+        return mean_of_defined(self.recall)
 
     @property
     def mean_iou(self) -> float:
         """Mean of `iou` over the classes that either side has: mIoU."""
-        return _mean(self.iou)
+        return mean_of_defined(self.iou)
 
     @property
     def mean_dice(self) -> float:
         """Mean of `dice` over the classes that either side has."""
-        return _mean(self.dice)
+        return mean_of_defined(self.dice)
 
     @property
     def frequency_weighted_iou(self) -> float:
@@ -171,8 +172,3 @@ class Confusion(Summable):
 def _ratio(part: np.ndarray | int, whole: np.ndarray | int) -> np.ndarray:
     part, whole = np.asarray(part, float), np.asarray(whole, float)
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0)
-
-
-def _mean(values: np.ndarray) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from medseg3d.metrics.ratios import ratio
 from medseg3d.metrics.summing import Summable
 from medseg3d.tasks import Instances
 
@@ -91,23 +92,23 @@ class ObjectCounts(Summable):
     @property
     def precision(self) -> float:
         """Share of the predicted objects that are right; nan if nothing was predicted."""
-        return _ratio(self.found, self.found + self.false_alarms)
+        return ratio(self.found, self.found + self.false_alarms)
 
     @property
     def recall(self) -> float:
         """Share of the reference's objects that were found; nan if there are none."""
-        return _ratio(self.found, self.found + self.missed)
+        return ratio(self.found, self.found + self.missed)
 
     @property
     def f1(self) -> float:
         """2 found / (2 found + false alarms + missed); nan if neither side has an object."""
-        return _ratio(2 * self.found, 2 * self.found + self.false_alarms + self.missed)
+        return ratio(2 * self.found, 2 * self.found + self.false_alarms + self.missed)
 
     @property
     def threat_score(self) -> float:
         """found / (found + false alarms + missed): the measure whose mean over thresholds ranked the 2018 Data Science
         Bowl."""
-        return _ratio(self.found, self.found + self.false_alarms + self.missed)
+        return ratio(self.found, self.found + self.false_alarms + self.missed)
 
 
 def object_counts(
@@ -163,7 +164,3 @@ def _common_boxes(rows: np.ndarray, columns: np.ndarray, extra: float) -> tuple[
         volume(rows[:, :axes], rows[:, axes:]),
         volume(columns[:, :axes], columns[:, axes:]),
     )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medseg3d.metrics.ratios import ratio
 from medseg3d.metrics.regions import as_masks, label_masks
 
 
@@ -35,27 +36,27 @@ class Overlap:
     @property
     def dice(self) -> float:
         """2 |P and R| / (|P| + |R|), in [0, 1]; 0 if one side is empty, nan if both are."""
-        return _ratio(2 * self.common, self.predicted + self.reference)
+        return ratio(2 * self.common, self.predicted + self.reference)
 
     @property
     def iou(self) -> float:
         """|P and R| / |P or R|, in [0, 1]; 0 if one side is empty, nan if both are."""
-        return _ratio(self.common, self.predicted + self.reference - self.common)
+        return ratio(self.common, self.predicted + self.reference - self.common)
 
     @property
     def precision(self) -> float:
         """Share of the predicted voxels that are right, in [0, 1]; nan if nothing was predicted."""
-        return _ratio(self.common, self.predicted)
+        return ratio(self.common, self.predicted)
 
     @property
     def recall(self) -> float:
         """Share of the reference that was found (sensitivity), in [0, 1]; nan if the reference is empty."""
-        return _ratio(self.common, self.reference)
+        return ratio(self.common, self.reference)
 
     @property
     def volume_error_percent(self) -> float:
         """100 (|P| - |R|) / |R|: -100 or more, negative where the prediction is too small; nan if R is empty."""
-        return 100 * _ratio(self.predicted - self.reference, self.reference)
+        return 100 * ratio(self.predicted - self.reference, self.reference)
 
 
 def overlaps(prediction: np.ndarray, reference: np.ndarray, labels: Iterable[int]) -> dict[int, Overlap]:
@@ -78,10 +79,6 @@ def iou(
 ) -> dict[int, float]:
     """Intersection over union per label, in [0, 1]; else as `dice`."""
     return _filled({label: o.iou for label, o in overlaps(prediction, reference, labels).items()}, empty)
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
 
 
 def _filled(values: dict[int, float], empty: float) -> dict[int, float]:

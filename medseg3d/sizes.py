@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory and numbers of things as people write them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def in_bytes(size: int | float | str) -> int:
         hint = f": {text} bytes? say {text}G, or {text}B" if text.isdecimal() else ""
         raise ValueError(f"a size is a number with B, K, M, G or T, such as 6G or 800M; got {size!r}{hint}")
     return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))
+
+
+def counted(number: int, what: str) -> str:
+    """1 case, 2 cases."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from medseg3d.cli.terminal import DONE, REVIEW, SOME_FAILED, Status, UsageError, counted, require_folder, require_suffix
+from medseg3d.cli.terminal import DONE, REVIEW, SOME_FAILED, Status, UsageError, require_folder, require_suffix
+from medseg3d.sizes import counted
 
 if TYPE_CHECKING:
     from medseg3d.data.check import Report

@@ -21,11 +21,6 @@ def say(text: str) -> None:
     print(CLEAR_LINE + text if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
-def counted(number: int, what: str) -> str:
-    """1 case, 2 cases."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def require_folder(path: str | None) -> None:
     if path is not None and not Path(path).expanduser().is_dir():
         raise UsageError(f"the dataset folder {path} does not exist")

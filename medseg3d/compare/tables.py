@@ -12,6 +12,7 @@ from medseg3d.compare.summary import MEAN, MEASURES, Estimate, Pair, Summary
 from medseg3d.io import write_text
 from medseg3d.metrics.evaluate import COLUMNS
 from medseg3d.report.records import write_csv
+from medseg3d.sizes import counted
 
 ALPHA = 0.05
 _FEWEST = 6  # patients for which a signed rank test can give p below ALPHA
@@ -69,17 +70,17 @@ def cost_table(comparison: Comparison, summary: Summary) -> Table:
         failed = comparison.failed(model.name)
         typical = {name: _figures(comparison.cost(model.name, name)) for name in ("gflop", "seconds", "cpu_seconds")}
         windows = comparison.cost(model.name, "windows")
-        detail = (model.strategy, _counted(failed, "failure") if failed else None)
+        detail = (model.strategy, counted(failed, "failure") if failed else None)
         cells = [Cell(model.name, ", ".join(filter(None, detail)))]
         cells += [_estimate_cell(comparison, summary, measure, model, MEAN) for measure in MEASURES]
         cells += [Cell(str(comparison.missed(model.name)))]
         cells += [Cell("–" if model.parameters is None else f"{model.parameters / 1e6:.2f}")]
-        cells += [Cell(typical["gflop"], "" if windows is None else _counted(round(windows), "window"))]
+        cells += [Cell(typical["gflop"], "" if windows is None else counted(round(windows), "window"))]
         cells += [Cell(typical["seconds"], f"CPU {typical['cpu_seconds']}")]
         peaks = ("peak_memory_mb", "device_peak_mb") if device else ("peak_memory_mb",)
         cells += [Cell(_figures(comparison.worst(model.name, name))) for name in peaks]
         rows.append(tuple(cells))
-    patients = _counted(len(comparison.patients), "patient")
+    patients = counted(len(comparison.patients), "patient")
     note = (
         f"Means of {len(comparison.shared)} organs over {patients}, organ by organ, with 95 % intervals of a bootstrap "
         "over patients. GFLOP (2 for a multiply-add), windows and seconds are medians of a case, from the scan's file "
@@ -156,7 +157,7 @@ def write_tables(comparison: Comparison, summary: Summary, folder: Path) -> list
 
 def heading(comparison: Comparison) -> str:
     """What the comparison is of."""
-    what = _counted(len(comparison.models), "model")
+    what = counted(len(comparison.models), "model")
     return f"{what} on {comparison.title}" if comparison.title else f"{what} compared"
 
 
@@ -164,14 +165,10 @@ def facts(comparison: Comparison) -> list[str]:
     """Cases, machine and purpose, a sentence each."""
     cases, patients = len(comparison.cases), len(comparison.patients)
     return [
-        f"{_counted(cases, 'case')} of {_counted(patients, 'patient')}, {_counted(len(comparison.organs), 'organ')}.",
+        f"{counted(cases, 'case')} of {counted(patients, 'patient')}, {counted(len(comparison.organs), 'organ')}.",
         *(f"Measured on {machine}." for machine in comparison.machines),
         "Research use only. Not for clinical decisions.",
     ]
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _estimate_cell(comparison: Comparison, summary: Summary, measure: str, model: Model, organ: str) -> Cell:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from medseg3d import __version__, cli
+from medseg3d import __version__, cli, outputs, recipe
+from medseg3d.inference import precision
+from medseg3d.inference.uncertainty import KINDS
 
 EVERY_VERB = {"-h --help", "-q --quiet", "-v --verbose"}
 FLAGS = {
@@ -119,6 +121,15 @@ FLAGS = {
 def verbs():
     (action,) = cli._parser()._subparsers._group_actions
     return action.choices
+
+
+@pytest.mark.parametrize("verb", ["predict", "compare"])
+def test_choices_are_those_of_what_runs(verb):
+    """The tables stand in both, since a command that only shows its help does not import PyTorch."""
+    choices = {action.dest: action.choices for action in verbs()[verb]._actions if action.choices}
+    assert tuple(choices["strategy"]) == tuple(recipe.STRATEGIES)
+    assert choices["precision"] == precision.PRECISIONS
+    assert tuple(choices.get("uncertainty", KINDS)) == outputs.UNCERTAINTIES == tuple(KINDS)
 
 
 def test_verbs_and_flags_are_frozen():

@@ -20,7 +20,10 @@ from medseg3d.cli.options import (
 )
 from medseg3d.version import __version__
 
+# As in recipe, outputs and inference.precision, which import what only a verb that runs needs.
 STRATEGIES = ("sub-volumes", "slices", "downsampled")
+UNCERTAINTIES = ("entropy", "margin")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OUTPUT_TYPES = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha"}
 
 
@@ -99,7 +102,7 @@ def _add_predict(verbs: Any) -> None:
         "--masks", action="store_true", help="write each label as a mask of its own too, <scan>_masks/<label>.nii.gz"
     )
     verb.add_argument(
-        "--uncertainty", choices=("entropy", "margin"),
+        "--uncertainty", choices=UNCERTAINTIES,
         help="write how sure the network is of each voxel, 0 to 1, as <scan>.entropy.nii.gz (high where it is unsure) "
         "or <scan>.margin.nii.gz (low there)",
     )  # fmt: skip
@@ -128,7 +131,7 @@ def _add_running(verb: Any) -> None:
         "may be slower with it",
     )
     verb.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        "--precision", choices=PRECISIONS, default="auto",
         help="in which numbers the network computes; auto: bf16 where the bundle allows it, the hardware is fast in it "
         "and a window of the first scan agrees with fp32 (default: auto)",
     )  # fmt: skip
@@ -204,7 +207,7 @@ def _add_compare(verbs: Any) -> None:
     verb.add_argument("--labels", metavar="JSON", help="label names, where the data do not give them")
     verb.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the results; run again to go on")
     verb.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        "--precision", choices=PRECISIONS, default="auto",
         help="in which numbers networks compute, as for predict (default: auto)",
     )  # fmt: skip
     add_tolerance(verb)

@@ -29,9 +29,8 @@ def picture_bundles(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture_models(picture_bundles):
-    return SimpleNamespace(
-        **{name: load_model(path, "cpu", trust=True) for name, path in vars(picture_bundles).items()}
-    )
+    models = {name: load_model(path, "cpu", trust=True) for name, path in vars(picture_bundles).items()}
+    return SimpleNamespace(**models)
 
 
 @pytest.fixture
@@ -212,10 +211,8 @@ def test_bundles_that_do_not_say_what_they_do(tmp_path):
     refused("got fractions", postprocessing={"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p[:1] + 0.3"})
     refused("leaves whole numbers (1, rows, columns), got dict", "semantic", detector=True, postprocessing=nothing)
     refused("leaves whole numbers (2, rows, columns)", "panoptic", postprocessing=argmax)
-    refused(
-        "gives (9, 9), but the picture has (40, 52)",
-        postprocessing={"_target_": "Compose", "transforms": [argmax, enlarged]},
-    )
+    both = {"_target_": "Compose", "transforms": [argmax, enlarged]}
+    refused("gives (9, 9), but the picture has (40, 52)", postprocessing=both)
     lacking = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: {'masks': p['masks']}"}
     refused("this one lacks boxes, labels, scores", detector=True, postprocessing=lacking)
     numbers = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda p: p['masks'].sum(0)"}
@@ -310,9 +307,8 @@ def test_a_folder(picture_bundles, run, folder, tmp_path):
     arguments = ("predict", "-i", folder, "-o", out, "-m", picture_bundles.detector, "--trust", "-d", "cpu", "-p")
     code, lines, errors = run(*arguments, "--report")
     assert code == 4 and any("b.jpg" in line and "error" in line for line in errors)
-    assert {line.split(": ")[0].rpartition("/")[2] for line in errors if line.startswith("skipped")} == {
-        *("a_seg.png", "a.preview.png", "notes.txt"),
-    }
+    skipped = {line.split(": ")[0].rpartition("/")[2] for line in errors if line.startswith("skipped")}
+    assert skipped == {"a_seg.png", "a.preview.png", "notes.txt"}
     files = [f"{name}{end}" for name in "ac" for end in (".preview.png", "_seg.json", "_seg.png")]
     whole = ["failures.csv", "finished.json", "instances.json", "run.json"]
     assert names(out) == sorted([*files, *whole])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _FOR_USERS = (ValueError, OSError, ImportError)  # their messages are written for the one who typed the command
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")
+# Of PyTorch on a GPU and on the CPU, and of cuBLAS, cuDNN and their like.
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
 
 
 def in_words(error: BaseException) -> str:
@@ -28,9 +29,14 @@ def in_words(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the CPU or on an accelerator; PyTorch has no type of its own for the CPU."""
+    """Whether memory ran out, on the CPU or on an accelerator.
+
+    PyTorch has a type of its own for accelerators only, and libraries under it have but their messages.
+    """
     return any(
-        isinstance(cause, MemoryError) or any(words in str(cause).lower() for words in _OUT_OF_MEMORY)
+        isinstance(cause, MemoryError)
+        or type(cause).__name__ == "OutOfMemoryError"  # PyTorch's: it is not imported for this
+        or any(words in str(cause).lower() for words in _OUT_OF_MEMORY)
         for cause in _chain(error)
     )
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from medseg3d.errors import is_out_of_memory
 from medseg3d.inference import Downsampled, SubVolumes
 from medseg3d.inference.device import room_on
 from medseg3d.inference.feeding import device_of
@@ -249,12 +250,12 @@ class Room:
         Where the device's memory runs out, it is made once more with as little of it as may be, and a warning says so.
 
         Raises:
-            torch.OutOfMemoryError: that was too much too.
+            Exception: that was too much too; or what ``make`` raises for another reason.
         """
         try:
             return make(self._filled(strategy, image_BC, network), image_BC)
-        except torch.OutOfMemoryError as error:
-            if not isinstance(strategy, SubVolumes):
+        except Exception as error:  # of PyTorch, of a library under it, or of NumPy
+            if not isinstance(strategy, SubVolumes) or not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
         if self.device.type == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from medseg3d.errors import in_words, is_out_of_memory
 
@@ -42,7 +43,11 @@ def test_in_words(error, words):
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] CPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (torch.OutOfMemoryError("full"), True),
         (raised(RuntimeError("applying transform"), MemoryError("Unable to allocate 7 GiB")), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("the volume is a single slice"), False),
         (raised(RuntimeError("applying transform"), ValueError("x")), False),
     ],

@@ -44,7 +44,8 @@ ONLY = {
     "flops": set(),  # networks arrive as modules
     "checkpoints": {"io", "layers", "networks", "version"},
     "compatibility": {"layers", "networks"},
-    "inference": {"io", "volume", "geometry", "interpolation", "tasks"},  # networks and transforms arrive as callables
+    # Networks and transforms arrive as callables.
+    "inference": {"errors", "io", "volume", "geometry", "interpolation", "tasks"},
 }
 THIRD_PARTY_ONLY = {
     "interpolation": {"numpy"},

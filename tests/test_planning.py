@@ -275,24 +275,44 @@ def test_room_is_found_once_for_all_scans_unless_they_are_planned(cuda, monkeypa
     assert seen[-1] == 1 and tried == [1]
 
 
-def test_a_scan_is_not_lost_where_the_device_is_full():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
+    ],
+)
+def test_a_scan_is_not_lost_where_the_device_is_full(error):
     tried, warnings = [], []
 
     def make(strategy, image):
         tried.append((strategy.batch_size, str(strategy.device), strategy.graph))
         if str(strategy.device) != "cpu":
-            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+            raise error
         return "labels"
 
     room = Room(torch.device("cpu"))
     assert room.run(make, SubVolumes(16, batch_size=3), IMAGE, nn.Identity(), warnings) == "labels"
     assert tried == [(3, "None", True), (1, "cpu", False)]
-    assert len(warnings) == 1 and warnings[0].endswith("blended on the CPU: CUDA out of memory.")
-    with pytest.raises(torch.OutOfMemoryError):
+    assert len(warnings) == 1 and warnings[0].endswith(f"blended on the CPU: {str(error)[:-5]}")
+    with pytest.raises(type(error)):
         room.run(lambda strategy, image: make(SubVolumes(16), image), SubVolumes(16), IMAGE, nn.Identity(), [])
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         room.run(lambda strategy, image: make(SubVolumes(16), image), Slices(), IMAGE, nn.Identity(), warnings)
     assert len(warnings) == 1
+
+
+def test_other_errors_are_raised_at_once():
+    tried, warnings = [], []
+
+    def make(strategy, image):
+        tried.append(strategy.batch_size)
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Room(torch.device("cpu")).run(make, SubVolumes(16, batch_size=3), IMAGE, nn.Identity(), warnings)
+    assert tried == [3] and not warnings
 
 
 def test_a_plan_for_a_device_counts_what_it_holds_and_gives_up_the_graph(cuda, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from medseg3d.errors import is_out_of_memory
 from medseg3d.inference.windows import Window
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Feed:
             then: places that follow these, in another call of this method.
 
         Raises:
-            RuntimeError: memory runs out with a single window.
+            RuntimeError, MemoryError: memory runs out with a single window.
         """
         first = 0
         while first < len(places):
@@ -62,8 +63,8 @@ class Feed:
             failure = ""
             try:
                 outputs = call(windows_BC, group)
-            except RuntimeError as error:
-                if len(group) == 1 or not ran_out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if len(group) == 1 or not is_out_of_memory(error):
                     raise
                 failure = str(error).partition("\n")[0]
             if failure:  # out here nothing holds what the network had made
@@ -92,11 +93,6 @@ def device_of(network: Callable, otherwise: torch.device) -> torch.device:
         if inner is None:
             return otherwise
     return next((parameter.device for parameter in inner.parameters()), otherwise)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of PyTorch, or of a library under it, says that a device's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "_ALLOC_FAILED" in str(error)
 
 
 class _Cut:

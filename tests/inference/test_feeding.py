@@ -12,7 +12,7 @@ from torch import nn
 from medseg3d.inference import SubVolumes
 from medseg3d.inference.augmentation import Flips
 from medseg3d.inference.ensemble import Ensemble
-from medseg3d.inference.feeding import Feed, _Prefetched, device_of, ran_out_of_memory
+from medseg3d.inference.feeding import Feed, _Prefetched, device_of
 from medseg3d.inference.precision import in_precision
 from medseg3d.inference.windows import windows
 
@@ -86,10 +86,19 @@ def test_other_errors_of_a_network_are_not_taken_for_it():
     assert network.batches[-1] == 4
 
 
-def test_what_running_out_of_memory_looks_like():
-    assert ran_out_of_memory(torch.OutOfMemoryError("full"))
-    assert ran_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
-    assert not ran_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 7 GiB"),
+    ],
+)
+@torch.no_grad()
+def test_a_batch_is_halved_however_a_library_says_that_memory_ran_out(error):
+    network = Small(2, lambda text: error).eval()
+    SubVolumes(8, batch_size=4).label_map(noise(1, 1, 16, 16, 16), network)
+    assert max(network.batches[network.batches.index(4) + 1 :]) == 2
 
 
 def test_nothing_of_the_failed_batch_is_held_when_the_halves_run():

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["ensemble_of_files", "load_model", "parts_of"]
 
 _PREPROCESSING = ("preprocessing", "pre_transforms")
+# Never hidden for a module of a bundle: they are in use, and twice they would not go together.
+_EVERYBODYS = {"__main__", "medseg3d", "monai", "numpy", "torch"}
 _POSTPROCESSING = ("postprocessing", "post_transforms")
 FOR_SCANS = ("strategy", "max_ram", "max_vram", "uncertainty", "crop_body")  # of load_model's arguments
 
@@ -320,29 +322,33 @@ def _keep(transform: Any, wanted: Callable[[Any], bool]) -> Compose:
 class OwnModules:
     """A bundle's own ``scripts``: they can be imported within ``importable``, as in ``python -m monai.bundle run``.
 
-    Outside they are forgotten, since the next bundle has other modules of the same names; so one bundle with code runs
-    at a time.
+    Others of the same names, of a program that segments or of another bundle, are out of sight meanwhile and back
+    afterwards. So one bundle with code runs at a time.
     """
 
     _alone = RLock()
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
-        self.names = {path.stem for path in root.iterdir()}
+        files = {path.stem for path in root.glob("*.py")}
+        folders = {path.name for path in root.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+        self.names = (files | folders) - sys.stdlib_module_names - _EVERYBODYS
         self.modules: dict[str, ModuleType] = {}
 
     @contextmanager
     def importable(self) -> Iterator[None]:
         with self._alone:
-            hidden = {name: sys.modules[name] for name in self.modules if name in sys.modules}
-            known = set(sys.modules) - set(self.modules)
+            hidden = self._taken_out()
             sys.modules.update(self.modules)
             sys.path.insert(0, self.root)
             try:
                 yield
             finally:
                 sys.path.remove(self.root)
-                for name in set(sys.modules) - known:
-                    if name.split(".")[0] in self.names:
-                        self.modules[name] = sys.modules.pop(name)
+                self.modules = self._taken_out()
                 sys.modules.update(hidden)
+
+    def _taken_out(self) -> dict[str, ModuleType]:
+        """All modules of the bundle's names, no longer among those that are imported."""
+        names = [name for name in sys.modules if name.partition(".")[0] in self.names]
+        return {name: sys.modules.pop(name) for name in names}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from medseg3d.bundle import load_model
+from medseg3d.bundle import OwnModules, load_model
 from medseg3d.catalogue import UntrustedBundle
 from tests import tiny_bundles as tiny
 
@@ -212,6 +214,34 @@ def test_a_bundle_imports_its_own_scripts_while_it_segments(ct_file, tmp_path):
             assert (labels(model, ct_file) == label).all()
     models[0].plan(models[0].read(ct_file))
     assert not {name for name in sys.modules if name.split(".")[0] == "scripts"}
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    """Modules of names that a bundle has too, imported by the program that segments."""
+    modules = {name: ModuleType(name) for name in ("scripts", "scripts.net", "models", "docs")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules
+
+
+def test_a_bundle_gets_its_own_scripts_where_others_are_imported_already(ct_file, tmp_path, foreign):
+    model = load(with_late_imports(tmp_path / "late", 2))
+    assert (labels(model, ct_file) == 2).all()
+    assert {name: sys.modules.get(name) for name in foreign} == foreign and "scripts.helper" not in sys.modules
+
+
+def test_only_names_of_python_code_are_hidden(tmp_path, foreign):
+    for name in ("scripts/net.py", "docs/README.md", "models/model.pt", "__main__.py", "json.py", "torch/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    own = OwnModules(tmp_path)
+    assert own.names == {"scripts"}
+    with own.importable():
+        assert not {"scripts", "scripts.net"} & set(sys.modules)
+        assert all(sys.modules[name] is foreign[name] for name in ("docs", "models"))
+        assert importlib.import_module("scripts.net").__file__ == str(tmp_path / "scripts" / "net.py")
+    assert sys.modules["scripts.net"] is foreign["scripts.net"]
 
 
 # What cannot run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -99,7 +100,6 @@ def train_bundle(
         **settings,
     )
     workflow.initialize()
-    leave_errors_to_the_caller()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     if progress:
@@ -108,7 +108,7 @@ def train_bundle(
         evaluator = workflow.parser.get_parsed_content("validate::evaluator")
         Progress(evaluator).attach(workflow.parser.get_parsed_content("train::trainer"))
     _require_same_data(Path(output_dir), workflow.parser)
-    with logging_redirect_tqdm():  # lines of the log go above the bar
+    with errors_left_to_the_caller(), logging_redirect_tqdm():  # lines of the log go above the bar
         workflow.run()
     workflow.finalize()
     folder = Path(workflow.parser.get_parsed_content("checkpoint_dir"))
@@ -116,10 +116,17 @@ def train_bundle(
     return best if best.is_file() else folder / "last.pt"
 
 
-def leave_errors_to_the_caller() -> None:
+@contextmanager
+def errors_left_to_the_caller() -> Iterator[None]:
     """What stops a run, Ctrl-C too, is raised; engines and their handlers do not log its traceback besides."""
-    for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_is_no_error)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(_is_no_error)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_no_error)
 
 
 def _is_no_error(record: logging.LogRecord) -> bool:

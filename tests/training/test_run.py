@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 
 from medseg3d.catalogue import find_bundle
 from medseg3d.errors import in_words
-from medseg3d.training.run import _require_same_data, leave_errors_to_the_caller, train_bundle
+from medseg3d.training import run
+from medseg3d.training.run import _require_same_data, errors_left_to_the_caller, train_bundle
 
 
 @pytest.mark.parametrize("error", [ValueError("the scan is damaged"), KeyboardInterrupt()])
@@ -31,11 +33,33 @@ def test_what_stops_a_run_is_raised_and_not_logged_besides(error, capfd, caplog)
         loss_function=stop,
         train_handlers=[StatsHandler(iteration_log=False)],
     )
-    leave_errors_to_the_caller()
-    with caplog.at_level("INFO"), pytest.raises(type(error)):
+    with caplog.at_level("INFO"), pytest.raises(type(error)), errors_left_to_the_caller():
         trainer.run()
     told = caplog.text + "".join(capfd.readouterr())
     assert "Engine run" in told and "Traceback" not in told and "terminating due to exception" not in told
+
+
+def test_training_leaves_the_loggers_of_the_process_as_they_were(tmp_path, monkeypatch):
+    class Stopped:
+        def __init__(self, **options):
+            self.parser = ConfigParser({"resume_path": "", "manifest": "m"})
+
+        def initialize(self):
+            pass
+
+        def run(self):
+            seen.extend(filtered())
+            raise KeyboardInterrupt
+
+    def filtered():
+        return [name for name in run._LOGGERS if run._is_no_error in logging.getLogger(name).filters]
+
+    seen = []
+    monkeypatch.setattr(run, "ConfigWorkflow", Stopped)
+    monkeypatch.setattr(run, "_require_labels", lambda *given: None)
+    with pytest.raises(KeyboardInterrupt):
+        train_bundle(find_bundle("headneck_ct_unet").path, tmp_path, tmp_path / "run", "cpu", {}, progress=False)
+    assert seen == list(run._LOGGERS) and filtered() == []
 
 
 def test_a_run_is_not_resumed_on_other_cases(tmp_path):

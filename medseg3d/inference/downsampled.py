@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medseg3d.inference.grid_map import edge_to_edge
+from medseg3d.inference.heads import last_pointwise
 from medseg3d.inference.onto_grid import LOWEST, labels_onto
 from medseg3d.inference.slabs import Head, Slab
 from medseg3d.inference.strategy import like, one_image, some_images
@@ -167,9 +168,10 @@ def factored(logits_K: torch.Tensor, network: Callable) -> tuple[torch.Tensor, H
     orthonormal basis of it say the same as the F features, and the network need not run again for them.
     """
     classes = len(logits_K)
-    layer = _last_pointwise(network, classes)
-    if layer is None:
+    found = last_pointwise(network, classes) if isinstance(network, nn.Module) else None
+    if found is None:
         return logits_K, None
+    _, layer = found
     logits_KV = logits_K.flatten(1).float()
     basis_KF = torch.linalg.qr(layer.weight.detach().flatten(1).float()).Q
     bias_K = basis_KF.new_zeros(classes) if layer.bias is None else layer.bias.detach().float()
@@ -179,12 +181,3 @@ def factored(logits_K: torch.Tensor, network: Callable) -> tuple[torch.Tensor, H
     if not (head(values_FV) - logits_KV).norm() <= rounding * logits_KV.norm():
         return logits_K, None
     return values_FV.view(-1, *logits_K.shape[1:]), head
-
-
-def _last_pointwise(network: Callable, classes: int) -> nn.Conv2d | nn.Conv3d | None:
-    """The last convolution of kernel 1 from fewer channels than classes to as many, which may or may not run last."""
-    found = None
-    for module in network.modules() if isinstance(network, nn.Module) else ():
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.weight.flatten(1).shape[0] == classes:
-            found = module if module.weight.flatten(1).shape[1] < classes else None
-    return found

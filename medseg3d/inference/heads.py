@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import nn
@@ -87,18 +87,42 @@ def split_head(network: Callable, window: torch.Tensor) -> tuple[Callable, Head]
         return None
     if hasattr(network, "_orig_mod"):  # compiled: it would have to be compiled again
         return None
-    name, layer = _last_pointwise(network)
-    if layer is None or layer.in_channels >= layer.out_channels:
+    if not any(_widens(module) for name, module in network.named_modules() if name):
         return None
-    head = Head(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
     for probe in (*(_middle(window, size) for size in ENOUGH), window):
         try:
-            body = _without(network, name, layer)
-            agrees = all(_agree(head, body(part), network(part)) for part in (probe, _noise_like(probe)))
+            logits = network(probe)
+            found = last_pointwise(network, logits.shape[1]) if isinstance(logits, torch.Tensor) else None
+            if found is None:  # most networks of few classes: they are neither copied nor run again
+                return None
+            name, layer = found
+            head = Head(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
+            body, noise = _without(network, name, layer), _noise_like(probe)
+            agrees = _agree(head, body(probe), logits) and _agree(head, body(noise), network(noise))
         except Exception:  # it cannot be copied, counts on its number of classes, or takes windows of one size only
             continue
         return (body, head) if agrees else None
     return None
+
+
+def last_pointwise(network: nn.Module, classes: int) -> tuple[str, nn.Conv2d | nn.Conv3d] | None:
+    """Name and layer of the last convolution of kernel 1 from fewer channels than classes to as many; None if none is.
+
+    The last in the order in which layers were made: whether it runs last is for the caller to see.
+    """
+    found = None
+    for name, module in network.named_modules():
+        if _widens(module) and module.out_channels == classes:
+            found = name, module
+    return found
+
+
+def _widens(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+    """Whether this is a convolution of kernel 1 that gives more channels than it takes."""
+    if not isinstance(module, nn.Conv2d | nn.Conv3d) or module.in_channels >= module.out_channels:
+        return False
+    ones = (1,) * len(module.kernel_size)
+    return module.groups == 1 and module.kernel_size == module.stride == ones and not any(module.padding)
 
 
 def _is_hooked(network: nn.Module) -> bool:
@@ -119,17 +143,6 @@ def _without(network: nn.Module, name: str, layer: nn.Conv2d | nn.Conv3d) -> nn.
     parent, _, own_name = name.rpartition(".")
     setattr(body.get_submodule(parent), own_name, _Passes(layer))
     return body
-
-
-def _last_pointwise(network: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d | None]:
-    """The last convolution, if it is of kernel 1 with more channels than it takes."""
-    last: tuple[str, nn.Conv2d | nn.Conv3d | None] = ("", None)
-    for name, module in network.named_modules():
-        if name and isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels < module.out_channels:
-            ones = (1,) * len(module.kernel_size)
-            if module.groups == 1 and module.kernel_size == module.stride == ones and not any(module.padding):
-                last = name, module
-    return last
 
 
 class _Passes(nn.Identity):

@@ -11,6 +11,7 @@ from torch import nn
 from medseg3d.inference import SubVolumes
 from medseg3d.inference.augmentation import Flips
 from medseg3d.inference.averaging import Mean
+from medseg3d.inference.downsampled import factored
 from medseg3d.inference.ensemble import Ensemble
 from medseg3d.inference.grid_map import edge_to_edge
 from medseg3d.inference.heads import split_head
@@ -70,6 +71,48 @@ def test_a_head_is_found():
         body, head = split_head(network, window)
         torch.testing.assert_close(head(body(window)[0].flatten(1)), network(window)[0].flatten(1))
     assert body.body.weight is network.body.weight and type(network.head) is nn.Conv3d
+
+
+class MadeBefore(Headed):
+    """After the head layers were made that run before it, or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.shrink = nn.Conv3d(4, 12, 1), nn.Conv3d(12, 4, 1)
+        self.auxiliary = nn.Conv3d(4, 9, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(self.shrink(self.expand(self.body(x))))
+
+
+def test_a_head_is_found_by_its_classes_wherever_it_was_made():
+    network, image = MadeBefore().eval(), noise(1, 1, 9, 9, 9)
+    with torch.no_grad():
+        body, head = split_head(network, image)
+        assert body.head is not network.head and len(head.weight) == 9
+        logits = network(image)[0]
+        values, again = factored(logits, network)
+        assert len(values) == 4
+        torch.testing.assert_close(again(values.flatten(1)), logits.flatten(1))
+
+
+def test_a_network_whose_head_widens_nothing_is_neither_copied_nor_run_often(monkeypatch):
+    """Though its first layers widen: such as the residual connection at a SwinUNETR's entry."""
+
+    class Entry(Headed):
+        def __init__(self):
+            super().__init__(16, 8)
+            self.residual = nn.Conv3d(1, 16, 1)
+
+        def forward(self, x):
+            runs.append(tuple(x.shape[2:]))
+            return self.head(self.body(x) + self.residual(x))
+
+    runs, copied = [], []
+    monkeypatch.setattr("medseg3d.inference.heads._without", lambda *given: copied.append(given))
+    with torch.no_grad():
+        assert split_head(Entry().eval(), noise(1, 1, 40, 40, 40)) is None
+    assert runs == [(32, 32, 32)] and not copied
 
 
 @pytest.mark.parametrize("network", [Indexes(), Asserts(), Scaled(), Clamped(), Locked(), Headed(9, 4)])

@@ -69,7 +69,8 @@ class BodyBox:
         if not count:
             return _whole(size)
         sizes = np.bincount(pieces.ravel(), counts.ravel())[1:]
-        boxes = [ndimage.find_objects(pieces)[n] for n in np.flatnonzero(sizes >= _SHARE * sizes.max())]
+        all_boxes = ndimage.find_objects(pieces)
+        boxes = [all_boxes[n] for n in np.flatnonzero(sizes >= _SHARE * sizes.max())]
         found = []
         for axis, (length, width, room) in enumerate(zip(size, thin, margin, strict=True)):
             # What is around full blocks may hold the surface: one on each side is added, unless each voxel is a block.
@@ -91,8 +92,7 @@ def body_on_grid(array: np.ndarray, scan: Geometry, grid: Geometry) -> Box:
     margin, thin = (np.ceil(mm / spacing).astype(int) for mm in (BODY_MARGIN_MM, TABLE_MM))
     box = BodyBox(BODY_HU, margin.tolist(), thin.tolist()).around(torch.from_numpy(array > BODY_HU))
     corners = np.stack(np.meshgrid(*([part.start - 0.5, part.stop - 0.5] for part in box)), -1).reshape(-1, 3)
-    inverse = np.linalg.inv(grid.affine)
-    on_grid = scan.world(corners) @ inverse[:3, :3].T + inverse[:3, 3]
+    on_grid = grid.index(scan.world(corners))
     starts = np.floor(on_grid.min(axis=0) + 0.5 + 1e-6).astype(int).clip(0, np.array(grid.shape) - 1)
     stops = np.ceil(on_grid.max(axis=0) + 0.5 - 1e-6).astype(int).clip(starts + 1, grid.shape)
     return tuple(slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from medseg3d.geometry import Geometry
 from medseg3d.inference import BodyBox, SubVolumes
@@ -50,6 +51,14 @@ def test_every_voxel_counts_without_margin_where_nothing_is_thin(axes):
     assert BodyBox(-500, margin=0, thin=1)(image[0]) == (slice(7, 12),) * axes
     assert BodyBox(-500, margin=[3] * axes, thin=1)(image[0]) == (slice(4, 15),) * axes
     assert BodyBox(-500, margin=100)(image[0]) == (slice(0, 30),) * axes, "not beyond the image"
+
+
+def test_boxes_of_all_pieces_are_found_in_one_pass(monkeypatch):
+    find, passes = ndimage.find_objects, []
+    monkeypatch.setattr(ndimage, "find_objects", lambda pieces: passes.append(pieces.shape) or find(pieces))
+    three = [box_of((start, start + 5), (4, 9)) for start in (2, 12, 22)]
+    assert BodyBox(-500, 0, 1)(scan((30, 30), *three)[0]) == box_of((2, 27), (4, 9))
+    assert len(passes) == 1
 
 
 @settings(max_examples=100, deadline=None)

@@ -68,7 +68,8 @@ def settle_order(
     if wish != "auto" and wish not in MERGING_ORDERS:
         raise ValueError(f"merging_order must be 'auto' or one of {', '.join(MERGING_ORDERS)}, got {wish!r}")
     release = None if monai_version is None else _release(monai_version)
-    filled = [module for key, module in mergings(network).items() if key in set(matched)]
+    matched = set(matched)
+    filled = [module for key, module in mergings(network).items() if key in matched]
     if not filled:
         return None
     now = order_of(network)

@@ -7,6 +7,7 @@ import torch
 from monai.networks import nets
 
 from medseg3d.checkpoints import CheckpointMismatch, load_checkpoint, save_checkpoint
+from medseg3d.checkpoints.merging import mergings, settle_order
 from medseg3d.layers.patches import PatchMerging
 from medseg3d.networks.backbones.swin import SwinTransformer
 from tests.checkpoints.conftest import assert_same, copy_of, filled, swin
@@ -21,6 +22,20 @@ def monai_swin(**arguments):
 def public_file(write):
     """Weights in MONAI's keys, with nothing that says which release trained them."""
     return write({"state_dict": filled(monai_swin()).state_dict()}, "swin_unetr.pt")
+
+
+def test_the_keys_that_weights_fill_are_gone_through_once():
+    class Keys(dict):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    network = swin()
+    keys = Keys(network.state_dict())
+    assert len(mergings(network)) > 1 and settle_order(network, keys, {}, "auto", None).name == "legacy"
+    assert keys.passes == 1
 
 
 def test_weights_that_monai_loads_silently_wrong_come_out_right(write, shared):

@@ -5,7 +5,6 @@ Shape legend: ``x_BC...`` is (batch, channels, *spatial axes), two or three spat
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,18 +77,6 @@ def activation_layer(spec: NameAndArguments, channels: int | None = None) -> nn.
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {spec!r}")
     return ACTIVATIONS[name](**arguments)
-
-
-def conv_and_batch_norm(
-    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False
-) -> nn.Sequential:
-    """A convolution that keeps the size (odd ``kernel_size``), then batch norm.
-
-    Its state_dict keys ``conv.*`` and ``adn.N.*`` are those of MONAI's ``Convolution``.
-    """
-    conv = CONV[spatial_dims](in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-    norm = nn.Sequential(OrderedDict(N=BATCH_NORM[spatial_dims](out_channels)))
-    return nn.Sequential(OrderedDict(conv=conv, adn=norm))
 
 
 def is_convolution(

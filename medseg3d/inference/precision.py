@@ -271,7 +271,7 @@ def _why_no_bfloat16(device: torch.device) -> str:
                 return ""
         return f"{torch.cuda.get_device_name(device)} does not multiply bfloat16"
     if device.type == "cpu":
-        if any(getattr(torch.cpu, name, bool)() for name in _CPU_HAS_BFLOAT16):
+        if any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in _CPU_HAS_BFLOAT16):
             return ""
         return "this processor has neither AMX nor AVX512-BF16, as far as PyTorch can tell"
     return f"bfloat16 is not chosen by itself on {device.type}"

@@ -58,7 +58,6 @@ class SubVolumes(Strategy):
             of n windows then has a relative error of up to n * 2**-9.
         graph: in ``slabs`` and what follows from them, start the network as a CUDA graph where there is a CUDA device
             and windows are many, see :class:`medseg3d.inference.graphs.Replayed`.
-
         crop: called with each image (C, *spatial); gives the box, a slice an axis, that windows are laid over, such as
             :class:`medseg3d.inference.BodyBox`. It is grown to a window's size. Outside it the answer is background:
             logits of 0 for class 0 and -20 for the others (-20 where there is one alone). What is left out is logged.

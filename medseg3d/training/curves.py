@@ -21,10 +21,11 @@ COLUMNS = ("epoch", "iteration", "learning_rate", "loss", "validation", "seconds
 class Curves:
     """Handler that writes ``curves.csv`` and ``curves.png`` after each epoch; a resumed run continues them.
 
-    Loss and validation are also put among the engine's metrics, for handlers that log those: place them behind it.
+    Loss and validation are also put among the engine's metrics. Attach this handler after the one that validates, and
+    handlers that log the engine's metrics after this one.
 
     The loss is the mean of the epoch's steps, over all processes; ``validation`` is the evaluator's key metric where
-    the epoch was validated; ``seconds`` are those of training, without validation. Place it behind whatever validates.
+    the epoch was validated; ``seconds`` are those of training, without validation.
 
     Args:
         folder: where the files go.

@@ -71,7 +71,7 @@ class OutputPlan:
 
     def files(self, name: str) -> dict[str, Path]:
         """Output kind -> path for the case of this name."""
-        stem = split_name(self.target)[0] if self.is_file else name
+        stem = self._stem(name)
         segmentation = self.target if self.is_file else self.folder / f"{stem}_seg{self.suffix or self.writable[0]}"
         files = {"segmentation": segmentation}
         if self.pictures in ("instances", "panoptic"):
@@ -87,8 +87,14 @@ class OutputPlan:
         if self.masks:
             suffix = split_name(segmentation)[1].replace(".seg.nrrd", ".nrrd")
             for number, file in _file_names(self.labels).items():
-                files[f"{MASK}{number}"] = self.folder / f"{stem}_masks" / f"{file}{suffix}"
+                files[f"{MASK}{number}"] = self._masks_folder(name) / f"{file}{suffix}"
         return files
+
+    def _stem(self, name: str) -> str:
+        return split_name(self.target)[0] if self.is_file else name
+
+    def _masks_folder(self, name: str) -> Path:
+        return self.folder / f"{self._stem(name)}_masks"
 
     def files_of_others(self, name: str, kinds: Collection[str]) -> set[Path]:
         """Side files of these kinds for the case of this name that a run with other options writes, and this does not.
@@ -105,8 +111,7 @@ class OutputPlan:
 
     def masks_of_others(self, name: str) -> set[Path]:
         """Masks beside the segmentation of the case of this name that this run does not write."""
-        stem = split_name(self.target)[0] if self.is_file else name
-        there = {path for path in (self.folder / f"{stem}_masks").glob("*") if split_name(path)[1] in WRITABLE}
+        there = {path for path in self._masks_folder(name).glob("*") if split_name(path)[1] in WRITABLE}
         return there - set(self.files(name).values())
 
     def write_table(self, path: Path, statistics: dict[str, Any]) -> Path:

@@ -18,7 +18,8 @@ from medseg3d.startup import quick_imports
 
 if TYPE_CHECKING:
     from medseg3d.batch import CaseResult
-    from medseg3d.io import Case
+    from medseg3d.io import Case, Inputs
+    from medseg3d.outputs import OutputPlan
     from medseg3d.segmenter import Segmenter
 
 HOW = (
@@ -33,7 +34,6 @@ _FOR_SCANS = (
 
 def predict(args: argparse.Namespace) -> int:
     """Segment scans or pictures and write the results."""
-    from medseg3d.io import find_inputs
     from medseg3d.outputs import FAILURES, OutputPlan
 
     if args.output is None and not args.plan:
@@ -47,14 +47,7 @@ def predict(args: argparse.Namespace) -> int:
     suffix = "" if pictures else OUTPUT_TYPES[args.output_type]
     plan = OutputPlan(target, suffix, args.statistics, args.preview, args.uncertainty, pictures, args.masks)
     report = None if args.report is None else Path(args.report).expanduser() if args.report else plan.report
-    try:
-        inputs = find_inputs(args.input, pictures is not None)
-        if not args.plan:
-            plan.prepare(inputs, report, args.resume)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if args.series is not None and all(case.kind != "dicom" for case in inputs.cases):
-        raise UsageError("--series is for DICOM files, and none is among the inputs: leave it out")
+    inputs = _inputs(args, plan, report)
     for path, reason in inputs.skipped:
         say(f"skipped {path}: {reason}")
     trusts = [args.trust or asked_to_trust(bundle) for bundle in bundles]
@@ -93,6 +86,21 @@ def predict(args: argparse.Namespace) -> int:
         if report is not None:
             print(_write_report(report, segmenter, records, args, stopwatch.seconds))
     return _exit_code(outcomes, bool(unreadable), plan.folder / FAILURES)
+
+
+def _inputs(args: argparse.Namespace, plan: OutputPlan, report: Path | None) -> Inputs:
+    """The cases; UsageError if there are none, or what is made of them has no place."""
+    from medseg3d.io import find_inputs
+
+    try:
+        inputs = find_inputs(args.input, plan.pictures is not None)
+        if args.series is not None and all(case.kind != "dicom" for case in inputs.cases):
+            raise ValueError("--series is for DICOM files, and none is among the inputs: leave it out")
+        if not args.plan:
+            plan.prepare(inputs, report, args.resume)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return inputs
 
 
 def _exit_code(outcomes: Sequence[CaseResult], unreadable: bool, failures: Path) -> int:

@@ -89,14 +89,15 @@ def adapt_bundle(
     train |= {"manifest": manifest, "dataset_dir": str(dataset.root.resolve()), "num_classes": len(dataset.labels)}
     configs["inference.json"]["network_def"]["out_channels"] = len(dataset.labels)
     configs["metadata.json"] = _metadata(configs["metadata.json"], bundle, dataset, output.name)
-    _write(output, bundle, configs, _card(output.name, bundle, dataset, voxels))
     images = [case["image"] for split in cases.values() for case in split]
+    median = np.median([read_geometry(image).spacing for image in images], axis=0).round(3)
+    _write(output, bundle, configs, _card(output.name, bundle, dataset, voxels))
     return AdaptedBundle(
         path=output,
         labels={number: name for number, name in dataset.labels.items() if number},
         cases={split: len(members) for split, members in cases.items()},
         spacing=tuple(voxels),
-        median_spacing=tuple(np.median([read_geometry(image).spacing for image in images], axis=0).round(3).tolist()),
+        median_spacing=tuple(median.tolist()),
         pairs=pairs,
     )
 

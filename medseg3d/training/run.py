@@ -76,11 +76,7 @@ def train_bundle(
     settings = dict(settings or {})
     _require_modules(settings)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    names = ["train.json", *(["multi_gpu_train.json"] if several else [])]
-    configs = [str(bundle / "configs" / name) for name in names]
-    for config in configs:
-        if not Path(config).is_file():
-            raise FileNotFoundError(f"{bundle} has no configs/{Path(config).name}, so medseg3d cannot train it")
+    configs = _configs(bundle, several)
     if flags := [flag for name, flag in _FLAGS.items() if name in settings]:
         raise ValueError(f"what {' and '.join(flags)} says cannot be set besides: give that in place of the setting")
     parser = ConfigParser()
@@ -131,6 +127,15 @@ def errors_left_to_the_caller() -> Iterator[None]:
 
 def _is_no_error(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR
+
+
+def _configs(bundle: Path, several: bool) -> list[str]:
+    """Its configs for training, by one process or several; FileNotFoundError if it lacks one."""
+    configs = [bundle / "configs" / name for name in ("train.json", "multi_gpu_train.json")[: 1 + several]]
+    for config in configs:
+        if not config.is_file():
+            raise FileNotFoundError(f"{bundle} has no configs/{config.name}, so medseg3d cannot train it")
+    return [str(config) for config in configs]
 
 
 def _require_modules(settings: Mapping[str, Any]) -> None:

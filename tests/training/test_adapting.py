@@ -121,6 +121,14 @@ def test_data_that_no_bundle_can_be_made_for(change, error, words, tmp_path):
     assert not (tmp_path / "own").exists()
 
 
+def test_a_damaged_scan_is_told_before_the_bundle_is_made(tmp_path):
+    data = write_list(tmp_path)
+    (tmp_path / "p1.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ValueError, match=r"p1\.nii\.gz"):
+        adapt_bundle(find_bundle("headneck_ct_unet"), data, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
 def test_what_else_is_refused_leaves_nothing(tmp_path):
     data = write_list(tmp_path)
     for name in ("ct_swin_ssl", "nuclei_microscopy_unet"):
